@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * The whole public C interface of the rings: a queue as its device and as its driver see it, split
+ * and packed behind one set of functions. The format is chosen once, at init.
+ *
+ * No function here allocates after init (a chain's spill apart), logs, or aborts. Nothing is thread
+ * safe: one thread at a time per queue side; the other side is another thread, process or guest.
+ *
+ * Faults: what the other side put into shared memory and broke the rules with is a `fault`: it is
+ * sticky, nothing is processed any more, and the queue keeps what it saw for the error message.
+ * What the caller did wrong is a negative errno and changes nothing.
+ */
+#ifndef VHOST_VIRTQUEUE_H
+#define VHOST_VIRTQUEUE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "chain.h"
+#include "guest_memory.h"
+#include "vring.h"
+
+enum virtqueue_fault {
+	VQ_OK,
+	VQ_AVAIL_JUMP,	       /* avail.idx ran ahead by more than the ring has (2.7.6) */
+	VQ_HEAD_RANGE,	       /* avail ring names a descriptor past the table */
+	VQ_HEAD_BUSY,	       /* head made available again before it was used */
+	VQ_NEXT_RANGE,	       /* desc.next past the table */
+	VQ_CHAIN_TOO_LONG,     /* more descriptors than the ring has: a loop, or a lie */
+	VQ_CHAIN_OPEN,	       /* packed: NEXT set, but the next slot is not available */
+	VQ_ADDRESS,	       /* buffer not wholly in guest memory, or it wraps */
+	VQ_LENGTH_ZERO,
+	VQ_LENGTH_TOTAL,       /* chain of 2^32 bytes or more */
+	VQ_TOO_MANY_PIECES,    /* buffers fall into more pieces of memory than we keep */
+	VQ_WRITE_BEFORE_READ,  /* device-readable after device-writable (2.7.4.2) */
+	VQ_INDIRECT_DISABLED,  /* INDIRECT without VIRTIO_F_INDIRECT_DESC */
+	VQ_INDIRECT_NESTED,
+	VQ_INDIRECT_NEXT,      /* INDIRECT together with NEXT (2.7.5.3.1) */
+	VQ_INDIRECT_LENGTH,    /* table of 0 bytes or no multiple of 16 */
+	VQ_ID_RANGE,	       /* packed: buffer id >= ring size; driver side: used id too */
+	VQ_ID_BUSY,	       /* packed: buffer id of a chain that is still out */
+	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
+	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
+	VQ_FAULTS
+};
+
+/* One line of English for each, without the values. */
+const char *virtqueue_fault_text(enum virtqueue_fault fault);
+
+struct virtqueue_fault_report {
+	enum virtqueue_fault fault;
+	uint16_t head;	/* chain it happened in: head index or buffer id, where known */
+	uint64_t value; /* the offending number ... */
+	uint64_t limit; /* ... and what it had to stay below (0: not a matter of size) */
+};
+
+/* Where the three areas are. Packed: avail is the driver's, used the device's event area. */
+struct virtqueue_areas {
+	void *desc, *avail, *used;
+};
+
+/* ------------------------------------------------------------------ device side */
+
+struct virtqueue_config {
+	struct virtqueue_areas areas; /* host pointers, translated and checked for alignment and overlap by the caller */
+	struct guest_memory *mem;
+	uint32_t num;
+	uint32_t base; /* of SET_VRING_BASE; packed: both indices and wraps, 0x80008000 when new */
+	bool packed, indirect, event_idx, in_order;
+};
+
+struct vq_slot { /* per head (split) or buffer id (packed) */
+	uint32_t in_len;
+	uint32_t written;
+	uint16_t ndesc; /* 0: not out */
+	uint16_t order; /* position in `order`, with in_order */
+	bool done;      /* filled, waiting for older ones (in_order) */
+};
+
+struct virtqueue {
+	struct guest_memory *mem;
+	union {
+		struct {
+			struct vring_desc *desc;
+			struct vring_avail *avail;
+			struct vring_used *used;
+		} split;
+		struct {
+			struct vring_packed_desc *desc;
+			struct vring_packed_desc_event *driver, *device;
+		} packed;
+	};
+	uint32_t num;
+	bool is_packed, indirect, event_idx, in_order;
+	/* All indices: split free-running 16 bits, packed position plus wrap counter. */
+	uint16_t last_avail;   /* next to pop */
+	uint16_t shadow_avail; /* split: avail.idx as last read */
+	uint16_t used;	       /* next to publish */
+	uint16_t staged;       /* used, plus what fill() wrote and flush() has not published */
+	uint16_t signalled;    /* used at the last decision to notify */
+	bool signalled_valid;
+	bool avail_wrap, used_wrap, staged_wrap;
+	bool notify_off;       /* the driver was asked not to kick */
+	uint32_t inuse;	       /* ring slots popped and not yet published */
+	struct vq_slot *slots; /* num */
+	uint16_t *order;       /* num ids in the order of their pops (in_order) */
+	uint16_t order_head, order_tail;
+	struct virtqueue_fault_report report;
+	/* Each implementation may add private state here, at the end. */
+	uint16_t packed_first_flags; /* packed: flags of the first staged element, written last */
+	uint16_t packed_first;
+};
+
+/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range), -ENOMEM. */
+int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg);
+void virtqueue_destroy(struct virtqueue *vq);
+
+/* Swap guest memory and the areas' host pointers, nothing else. Chains that are out stay out. */
+void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
+			  const struct virtqueue_areas *areas);
+
+/* 1: *c is the next chain; 0: nothing available; -1: broken, see vq->report. */
+int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c);
+
+/* Up to n chains with one look at the index: how many, or -1. A fault behind the first chains is
+ * reported by the next call, so that those before it are served. */
+int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n);
+
+/* Gives the most recently popped chain back: it will be popped again. -EINVAL if it is not that. */
+int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c);
+
+/* Stage a used element; nothing is visible before flush. -EINVAL: not out (pushed twice, or never
+ * popped). -ERANGE: written > the chain's writable bytes. With in_order, an element whose elders are
+ * still out waits for them. */
+int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written);
+
+/* Publish what is staged. */
+void virtqueue_flush(struct virtqueue *vq);
+
+static inline int virtqueue_push(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	int rc = virtqueue_fill(vq, id, written);
+
+	if (!rc)
+		virtqueue_flush(vq);
+	return rc;
+}
+
+/* Must the driver be signalled for what was published since the last call? */
+bool virtqueue_should_notify(struct virtqueue *vq);
+
+/* Ask the driver not to kick / to kick again. enable returns true if work came in meanwhile: the
+ * caller must then look again, for no kick will come for it. */
+void virtqueue_disable_notification(struct virtqueue *vq);
+bool virtqueue_enable_notification(struct virtqueue *vq);
+
+/* Is there something to pop? (A hint: checks nothing.) */
+bool virtqueue_has_work(struct virtqueue *vq);
+
+/* For GET_VRING_BASE: what a successor needs to go on after what was published. */
+uint32_t virtqueue_base(const struct virtqueue *vq);
+
+/* ------------------------------------------------------------------ driver side */
+
+struct virtqueue_buf {
+	uint64_t addr; /* guest address */
+	uint32_t len;
+};
+
+struct driver_config {
+	struct virtqueue_areas areas; /* host pointers; the areas are zeroed by init unless `resume` */
+	uint32_t num;
+	uint32_t base; /* split: next avail index; packed: 0x80008000 when new */
+	bool packed, event_idx, in_order;
+	/* Indirect tables, if wanted: num tables of indirect_max descriptors each. NULL: none. */
+	struct vring_desc *indirect;
+	uint64_t indirect_addr; /* its guest address */
+	uint32_t indirect_max;
+};
+
+struct driver_slot {
+	uint64_t token;
+	uint32_t in_len;
+	uint16_t ndesc; /* 0: free */
+	uint16_t last;  /* split: last descriptor of the chain, to give it back */
+	uint16_t next_free;
+	uint16_t order_next;
+};
+
+struct driver_queue {
+	union {
+		struct {
+			struct vring_desc *desc;
+			struct vring_avail *avail;
+			struct vring_used *used;
+		} split;
+		struct {
+			struct vring_packed_desc *desc;
+			struct vring_packed_desc_event *driver, *device;
+		} packed;
+	};
+	uint32_t num;
+	bool is_packed, event_idx, in_order;
+	struct vring_desc *indirect;
+	uint64_t indirect_addr;
+	uint32_t indirect_max;
+	uint16_t avail;	    /* next index to publish */
+	uint16_t last_used; /* next used element to look at */
+	uint16_t kicked;    /* avail at the last kick_prepare */
+	bool avail_wrap, used_wrap;
+	bool cb_off;
+	uint32_t num_free; /* descriptors */
+	uint16_t free_head;
+	struct driver_slot *slots; /* num */
+	/* in_order: ids in the order of their adds, and the batch the device just acknowledged */
+	uint16_t *order;
+	uint16_t order_head, order_tail;
+	uint16_t batch_until;
+	bool batch_open;
+	uint32_t batch_len;
+	struct virtqueue_fault_report report;
+};
+
+int driver_queue_init(struct driver_queue *dq, const struct driver_config *cfg);
+void driver_queue_destroy(struct driver_queue *dq);
+
+/* One chain of out device-readable, then in device-writable buffers. The chain's id (>= 0), -ENOSPC
+ * (come back after get_buf), -EINVAL (no buffers, a length 0, more than can ever fit). It is published
+ * at once; the token comes back from get_buf. An indirect table is used when there is room for one and
+ * the chain has more than one buffer. */
+int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out, unsigned in,
+		  uint64_t token);
+
+struct virtqueue_request {
+	const struct virtqueue_buf *bufs;
+	unsigned out, in;
+	uint64_t token;
+};
+
+/* Adds up to n chains and publishes them together: how many fitted, or what the first was refused with. */
+int virtqueue_add_batch(struct driver_queue *dq, const struct virtqueue_request *reqs, unsigned n);
+
+/* Must the device be kicked for what was published since the last call? */
+bool virtqueue_kick_prepare(struct driver_queue *dq);
+
+/* 1: a chain came back: its token and the bytes the device wrote (clipped to what it could write);
+ * 0: none; -1: broken, see dq->report. */
+int virtqueue_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written);
+
+/* Ask the device not to call / to call again; enable returns true if something came back meanwhile. */
+void virtqueue_disable_cb(struct driver_queue *dq);
+bool virtqueue_enable_cb(struct driver_queue *dq);
+bool virtqueue_more_used(struct driver_queue *dq);
+
+#endif

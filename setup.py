@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What pyproject.toml cannot say: the C core, and the extension modules over it."""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+WARNINGS = ["-Wall", "-Wextra"]
+if os.environ.get("PYVHOST_WERROR"):
+    WARNINGS.append("-Werror")
+
+# Baseline code for any machine of the architecture: hot paths that want more dispatch at run time.
+CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread"]
+# What Cython generates is not ours to keep free of these two.
+GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+
+CORE = [
+    "csrc/guest_memory.c",
+    "csrc/chain.c",
+    "csrc/virtqueue.c",
+    "csrc/device_split.c",
+    "csrc/device_packed.c",
+    "csrc/driver_split.c",
+    "csrc/driver_packed.c",
+    "csrc/sigbus.c",
+]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def extension(name: str, *sources: str) -> Extension:
+    return Extension(
+        name,
+        [name.replace(".", "/") + ".pyx", *sources],
+        include_dirs=["csrc"],
+        libraries=["vhostcore"],
+        depends=HEADERS,
+        extra_compile_args=CFLAGS + WARNINGS + GENERATED,
+        extra_link_args=["-pthread"],
+    )
+
+
+setup(
+    libraries=[
+        (
+            "vhostcore",
+            {
+                "sources": CORE,
+                "include_dirs": ["csrc"],
+                "obj_deps": {"": HEADERS},
+                "cflags": CFLAGS + WARNINGS + ["-fPIC"],
+            },
+        )
+    ],
+    ext_modules=cythonize(
+        [
+            extension("vhost.memory"),
+            extension("vhost.virtqueue"),
+            extension("vhost.devices._blk_engine", "csrc/engine_blk.c"),
+        ],
+        compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},
+    ),
+)
