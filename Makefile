@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Every target works on a clean checkout: it makes the virtual environment and builds what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/devices/*.pyx)
+
+.PHONY: all demo test test-c test-asan test-tsan test-peers test-guest test-unit peers bench lint wheel clean system
+all: $(VENV)/built
+
+# Python's headers and ensurepip are packages of their own on Debian.
+system:
+	@$(PYTHON) -c 'import ensurepip, os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev gcc libc6-dev; \
+	else \
+	    echo "pyvhost: needs the packages python3-venv, python3-dev and gcc" >&2; exit 1; \
+	fi
+
+$(VENV)/made: | system
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check 'setuptools>=77' 'Cython>=3.1'
+	touch $@
+
+$(VENV)/built: $(SOURCES) $(VENV)/made
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+$(VENV)/tools: $(VENV)/built
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,lint]' build
+	touch $@
+
+demo: $(VENV)/built
+	$(BIN)/python -m vhost demo
+
+# What the peers' tests need; says which package is missing where it may not install.
+peers:
+	tests/install_peers.sh
+
+test: $(VENV)/tools peers test-c test-asan test-tsan
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-unit: $(VENV)/tools
+	$(BIN)/pytest -m 'not peer and not guest' $(PYTEST_ARGS)
+
+test-peers: $(VENV)/tools peers
+	$(BIN)/pytest -m peer $(PYTEST_ARGS)
+
+test-guest: $(VENV)/tools peers
+	$(BIN)/pytest -m guest $(PYTEST_ARGS)
+
+test-c:
+	$(MAKE) -C tests/c test
+
+test-asan:
+	$(MAKE) -C tests/c asan
+
+test-tsan:
+	$(MAKE) -C tests/c tsan
+
+bench: $(VENV)/tools
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/tools
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info tests/c/build
+	rm -f vhost/*.so vhost/*/*.so vhost/*.c vhost/*/*.c
