@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A virtqueue as the device sees it."""
+
+from collections.abc import Iterator, Sequence
+from typing import final
+
+from vhost.chain import Chain
+from vhost.memory import GuestMemory
+
+__all__ = ["DeviceQueue"]
+
+@final
+class DeviceQueue:
+    """A split or packed virtqueue, seen from the device.
+
+    ``for chain in queue`` serves what is there: notifications are off meanwhile, the driver is told
+    once at the end, and the loop ends after ``budget`` chains at most. If work is left then, the queue
+    writes to its own ``kick`` eventfd, so that whoever polls it comes back after the other queues.
+    A loop that is left early (``break``, an exception) re-arms and notifies too; work that is left is
+    then the caller's to remember (``has_work``).
+
+    One thread at a time.
+    """
+
+    kick: int
+    call: int
+    err: int
+    budget: int
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        num: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        packed: bool = False,
+        indirect: bool = True,
+        event_idx: bool = False,
+        in_order: bool = False,
+        base: int | None = None,
+        user_addresses: bool = False,
+        kick: int = -1,
+        call: int = -1,
+        err: int = -1,
+        index: int = 0,
+        name: str = "queue",
+    ) -> None:
+        """``packed``: ``avail`` is the driver's and ``used`` the device's event suppression area.
+
+        ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none).
+        ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
+        """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def num(self) -> int: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def indirect(self) -> bool: ...
+    @property
+    def event_idx(self) -> bool: ...
+    @property
+    def in_order(self) -> bool: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    def __iter__(self) -> Iterator[Chain]: ...
+    def pop(self) -> Chain | None: ...
+    def pop_batch(self, n: int = 32) -> list[Chain]: ...
+    def unpop(self, chain: Chain) -> None:
+        """Put the chain that was popped last back, to be popped again."""
+
+    def push(self, chain: Chain, written: int | None = None) -> None:
+        """Give a chain back, notifying the driver if it wants that.
+
+        ``written`` is how many bytes the device wrote; None: ``chain.written``.
+
+        Within ``for chain in queue`` the notification waits for the end of the loop.
+        """
+
+    def push_batch(self, chains: Sequence[Chain], written: Sequence[int] | None = None) -> None:
+        """Give chains back together, with one notification at most."""
+
+    def fill(self, chain: Chain, written: int | None = None) -> None:
+        """Like push, but nothing is published before ``flush``, and nobody notified before ``notify``."""
+
+    def flush(self) -> None: ...
+    def should_notify(self) -> bool:
+        """Must the driver be told about what was published since the last question?"""
+
+    def notify(self) -> bool:
+        """Ask ``should_notify`` and signal ``call`` accordingly."""
+
+    def enable_notification(self) -> bool:
+        """Ask the driver for kicks. True: work is pending already, and no kick will come for it."""
+
+    def disable_notification(self) -> None: ...
+    def has_work(self) -> bool: ...
+    @property
+    def base(self) -> int:
+        """For GET_VRING_BASE: where a successor goes on, after what was published."""
+
+    @property
+    def in_flight(self) -> int:
+        """Ring slots of chains that were popped and are not published yet."""
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing more is processed, or None."""
+
+    @property
+    def closed(self) -> bool: ...
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Go on with another memory table; chains that are out keep the one that they came from.
+
+        The ring must still be in memory (InvalidQueue, and nothing changes).
+        """
+
+    def close(self) -> None:
+        """Process nothing more: chains that come back later are refused, never published."""
