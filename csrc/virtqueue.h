@@ -41,6 +41,10 @@ enum virtqueue_fault {
 	VQ_ID_BUSY,	       /* packed: buffer id of a chain that is still out */
 	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
 	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
+	/* Set by an engine or a device, never by the rings: a chain that is well-formed, but no request
+	 * that its device could even answer. */
+	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
+	VQ_REQUEST_STATUS,     /* fewer device-writable bytes than the answer needs at least */
 	VQ_FAULTS
 };
 
