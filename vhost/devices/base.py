@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Device: what a virtio device is, without the transport that brings it a guest.
+
+A subclass says its id, its queues and its configuration space, and has one method a queue. It knows
+nothing of sockets, messages or event loops; sessions (a vhost-user ``Backend``, later a kernel one)
+attach to it. One instance may have any number of sessions that look, and one that runs rings.
+
+Threads: a session calls every hook from the thread that steps it. ``config_changed()`` and ``wake()``
+may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, Self, cast
+
+from vhost.errors import DeviceBusy, UnsupportedRequest, VhostError
+from vhost.features import DeviceId, VirtioF
+
+if TYPE_CHECKING:
+    from vhost.virtqueue import DeviceQueue
+
+
+class Attached(Protocol):
+    """What a device wants of a session. Both may be called from any thread."""
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space changed."""
+
+    def wake(self) -> None:
+        """Look after rings and memory: something may have broken where the session cannot see it."""
+
+
+class Device:
+    """A virtio device. Set ``device_id`` and ``queues``, and write one method for each queue::
+
+    class Entropy(Device):
+        device_id = DeviceId.RNG
+        queues = ("requestq",)
+
+        def requestq(self, queue):
+            for chain in queue:
+                queue.push(chain, chain.write(os.urandom(chain.writable_len)))
+    """
+
+    #: The virtio device id (VIRTIO 5).
+    device_id: DeviceId
+    #: One name for each virtqueue, in order; each names the method that serves it. A multi-queue
+    #: device sets it in ``__init__``: ``self.queues = ("requestq",) * n``.
+    queues: tuple[str, ...] = ()
+    #: Feature bits of this device type; those of the rings come on top, see ``offered_features()``.
+    features: int = 0
+    #: The largest ring that a front-end may set up.
+    max_queue_size: int = 1024
+    #: Let several sessions run rings at the same time. The driver side must be made for that.
+    share: bool = False
+    #: What the driver of the session that runs (or last ran) the rings acknowledged.
+    negotiated: int = 0
+
+    _lock: threading.Lock
+    _attached: set[Attached]
+    _running: set[Attached]
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        # Not __init__: a subclass need not know of this to be right.
+        self = super().__new__(cls)
+        self._lock = threading.Lock()
+        self._attached = set()
+        self._running = set()
+        return self
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def num_queues(self) -> int:
+        return len(self.queues)
+
+    def queue_name(self, index: int) -> str:
+        """The name of a queue, and of the method that serves it."""
+        return self.queues[index]
+
+    @property
+    def config(self) -> bytes:
+        """The configuration space as it is now; empty: the device has none."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes to the configuration space (it lies inside it). Raise VhostError to refuse."""
+        kind = type(self).__name__
+        raise VhostError(f"{kind}: configuration space is read-only ({len(data)} bytes at {offset})")
+
+    def offered_features(self) -> int:
+        """All feature bits that the device offers to a driver."""
+        rings = (
+            VirtioF.VERSION_1
+            | VirtioF.RING_PACKED
+            | VirtioF.RING_INDIRECT_DESC
+            | VirtioF.RING_EVENT_IDX
+            | VirtioF.IN_ORDER
+        )
+        return int(rings) | self.features
+
+    # ------------------------------------------------------------------ serving rings
+
+    def handle(self, queue: DeviceQueue) -> None:
+        """Serve what is available: a kick came, or work may be pending. Returns instead of waiting;
+        whatever it pops it may push later, until ``stop_queue``."""
+        serve = cast("Callable[[DeviceQueue], None]", getattr(self, self.queue_name(queue.index)))
+        serve(queue)
+
+    def handle_disabled(self, queue: DeviceQueue) -> None:
+        """A kick came for a ring that is started but disabled: it must not have effects outside (a
+        network device drops what the guest sends). By default its buffers wait."""
+
+    def start_queue(self, queue: DeviceQueue) -> bool:
+        """The ring is started and enabled. Return True if the device serves it by itself, in threads
+        of its own: it then waits on ``queue.kick`` itself (-1: it must poll), looks at the ring once
+        without a kick, and calls ``wake()`` when it finds the queue or its memory broken."""
+        return False
+
+    def stop_queue(self, queue: DeviceQueue) -> None:
+        """The ring stops, or pauses to have its memory or eventfds changed. Return only when nothing
+        uses the queue any more and what was popped has been pushed."""
+
+    def reset(self) -> None:
+        """The driver reset the device; all rings are stopped."""
+
+    def set_status(self, status: int) -> None:
+        """The driver set the device status (to something else than 0)."""
+
+    # ------------------------------------------------------------------ network devices only
+
+    def set_mtu(self, mtu: int) -> None:
+        """The guest's interface will have this MTU. Raise VhostError to refuse."""
+        raise UnsupportedRequest(f"{type(self).__name__} does not take an MTU ({mtu})")
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Announce the guest's address on the network after a migration."""
+        raise UnsupportedRequest(f"{type(self).__name__} does not announce ({mac.hex(':')})")
+
+    # ------------------------------------------------------------------ telling the sessions
+
+    def config_changed(self) -> None:
+        """The configuration space is another now: tell the drivers. From any thread."""
+        with self._lock:
+            sessions = list(self._attached)
+        for session in sessions:
+            session.config_changed()
+
+    def wake(self) -> None:
+        """Have the sessions check their rings and memory. From any thread, e.g. of an engine that
+        found its queue broken."""
+        with self._lock:
+            sessions = list(self._attached)
+        for session in sessions:
+            session.wake()
+
+    # ------------------------------------------------------------------ called by sessions
+
+    def attach(self, session: Attached) -> None:
+        """A session wants to hear of changes."""
+        with self._lock:
+            self._attached.add(session)
+
+    def detach(self, session: Attached) -> None:
+        with self._lock:
+            self._attached.discard(session)
+
+    def claim(self, session: Attached) -> None:
+        """The session is about to start its first ring. Raise DeviceBusy to refuse."""
+        with self._lock:
+            if self._running - {session} and not self.share:
+                raise DeviceBusy(f"{type(self).__name__}: another session runs this device's rings")
+            self._running.add(session)
+
+    def release(self, session: Attached) -> None:
+        """The session's last ring has stopped, or the session is over. Once for each claim."""
+        with self._lock:
+            self._running.discard(session)
+
+    def is_busy(self, session: Attached) -> bool:
+        """Does a session other than this one run rings?"""
+        with self._lock:
+            return bool(self._running - {session})
