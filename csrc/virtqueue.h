@@ -41,6 +41,7 @@ enum virtqueue_fault {
 	VQ_ID_BUSY,	       /* packed: buffer id of a chain that is still out */
 	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
 	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
+	VQ_USED_BATCH,	       /* driver side, in_order: element for more chains than used.idx covers */
 	/* Set by an engine or a device, never by the rings: a chain that is well-formed, but no request
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
@@ -172,9 +173,11 @@ struct virtqueue_buf {
 };
 
 struct driver_config {
-	struct virtqueue_areas areas; /* host pointers; the areas are zeroed by init unless `resume` */
+	struct virtqueue_areas areas; /* host pointers, aligned as vring.h says; init writes all of them */
 	uint32_t num;
-	uint32_t base; /* split: next avail index; packed: 0x80008000 when new */
+	/* Where to start, for a device that is told the same by SET_VRING_BASE: split the next avail
+	 * index, packed both positions, 0x80008000 when new. Nothing is out at that moment. */
+	uint32_t base;
 	bool packed, event_idx, in_order;
 	/* Indirect tables, if wanted: num tables of indirect_max descriptors each. NULL: none. */
 	struct vring_desc *indirect;
@@ -182,13 +185,13 @@ struct driver_config {
 	uint32_t indirect_max;
 };
 
-struct driver_slot {
+struct driver_slot { /* per descriptor (split) or buffer id (packed) */
 	uint64_t token;
 	uint32_t in_len;
-	uint16_t ndesc; /* 0: free */
-	uint16_t last;  /* split: last descriptor of the chain, to give it back */
-	uint16_t next_free;
-	uint16_t order_next;
+	uint16_t ndesc; /* ring slots of the chain that starts here; 0: none is out */
+	uint16_t next;	/* free list; split: the descriptor after this one in its chain, too */
+	uint16_t last;	/* split: last descriptor of the chain, to give it back */
+	uint16_t index; /* split: avail index at which it was published */
 };
 
 struct driver_queue {
@@ -207,31 +210,38 @@ struct driver_queue {
 	bool is_packed, event_idx, in_order;
 	struct vring_desc *indirect;
 	uint64_t indirect_addr;
-	uint32_t indirect_max;
-	uint16_t avail;	    /* next index to publish */
-	uint16_t last_used; /* next used element to look at */
-	uint16_t kicked;    /* avail at the last kick_prepare */
+	uint32_t indirect_max; /* 0: no tables */
+	/* All positions: split free-running 16 bits, packed position plus wrap counter. */
+	uint16_t avail;	      /* next to publish */
+	uint16_t last_used;   /* next used element to look at */
+	uint16_t shadow_used; /* split: used.idx as last read */
 	bool avail_wrap, used_wrap;
-	bool cb_off;
+	bool cb_off;	   /* the device was asked not to call */
+	bool event_armed;  /* event index says last_used, and was there before the last look */
+	uint32_t added;	   /* since the last kick_prepare; split chains, packed slots */
 	uint32_t num_free; /* descriptors */
 	uint16_t free_head;
 	struct driver_slot *slots; /* num */
-	/* in_order: ids in the order of their adds, and the batch the device just acknowledged */
-	uint16_t *order;
-	uint16_t order_head, order_tail;
-	uint16_t batch_until;
-	bool batch_open;
+	/* in_order: the oldest chain out, and the batch the device just acknowledged */
+	uint16_t oldest;
+	uint16_t batch_last;
 	uint32_t batch_len;
+	bool batch_open;
 	struct virtqueue_fault_report report;
 };
 
+/* 0, -EINVAL (num as for a device; base out of range, or packed with two positions that differ:
+ * chains of somebody else's are out), -ENOMEM. Callbacks are enabled. */
 int driver_queue_init(struct driver_queue *dq, const struct driver_config *cfg);
 void driver_queue_destroy(struct driver_queue *dq);
 
+/* The base to hand to a device now, and to a later driver_queue_init once nothing is out. */
+uint32_t driver_queue_base(const struct driver_queue *dq);
+
 /* One chain of out device-readable, then in device-writable buffers. The chain's id (>= 0), -ENOSPC
- * (come back after get_buf), -EINVAL (no buffers, a length 0, more than can ever fit). It is published
- * at once; the token comes back from get_buf. An indirect table is used when there is room for one and
- * the chain has more than one buffer. */
+ * (come back after get_buf), -EINVAL (no buffers, a length 0, an address that wraps, 2^32 bytes or more,
+ * more buffers than the queue has), -EIO (broken). It is published at once; the token comes back from
+ * get_buf. An indirect table is used when the chain has more than one buffer and fits into one. */
 int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out, unsigned in,
 		  uint64_t token);
 
@@ -247,11 +257,13 @@ int virtqueue_add_batch(struct driver_queue *dq, const struct virtqueue_request 
 /* Must the device be kicked for what was published since the last call? */
 bool virtqueue_kick_prepare(struct driver_queue *dq);
 
-/* 1: a chain came back: its token and the bytes the device wrote (clipped to what it could write);
- * 0: none; -1: broken, see dq->report. */
+/* 1: a chain came back: its token and the bytes the device wrote (clipped to what it could write; all
+ * of them for a chain that the device skipped in order, 2.7.9); 0: none; -1: broken, see dq->report.
+ * After 0 with callbacks enabled, the device calls for the next one: the caller may sleep. */
 int virtqueue_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written);
 
-/* Ask the device not to call / to call again; enable returns true if something came back meanwhile. */
+/* Ask the device not to call / to call again; enable returns true if something came back meanwhile.
+ * more_used is also true of a broken queue, so that nobody waits for one: get_buf says so. */
 void virtqueue_disable_cb(struct driver_queue *dq);
 bool virtqueue_enable_cb(struct driver_queue *dq);
 bool virtqueue_more_used(struct driver_queue *dq);
