@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The guest's initramfs: busybox, the kernel's virtio modules, our init and small C programs.
+
+Knows what goes into the archive. Does not know QEMU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from peers.catalogue import BUSYBOX, KERNEL
+
+HERE = Path(__file__).resolve().parent
+
+
+def compile_static(source: Path, target: Path) -> Path:
+    """A program that runs in the guest, which has no C library, and on the host alike."""
+    warnings = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
+    subprocess.run(["gcc", *warnings, "-static", "-o", str(target), str(source)], check=True)
+    return target
+
+
+def build_initramfs(target: Path, programs: list[Path], *, init: Path = HERE / "init") -> Path:
+    """An uncompressed newc archive: reading it is cheaper for TCG than unpacking it."""
+    root = target.with_suffix(".root")
+    for folder in ("bin", "modules"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(BUSYBOX, root / "bin" / "busybox")
+    for program in programs:
+        shutil.copy(program, root / "bin" / program.name)
+    shutil.copy(init, root / "init")
+    (root / "init").chmod(0o755)
+    shutil.copy(KERNEL / "order", root / "modules" / "order")
+    for module in (KERNEL / "modules").glob("*.ko"):
+        shutil.copy(module, root / "modules" / module.name)
+    names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
+    with target.open("wb") as archive:
+        subprocess.run(
+            ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0"],
+            input=names.encode(),
+            stdout=archive,
+            cwd=root,
+            check=True,
+        )
+    shutil.rmtree(root)
+    return target

@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Install the real programs that tests/peers and benchmarks use, on Debian.
+
+    python3 tests/install_peers.py            what the tests need
+    python3 tests/install_peers.py --bench    also QEMU's contrib/vhost-user-blk, built from source
+    python3 tests/install_peers.py --check    install nothing; say what is missing, exit 1 if so
+
+Quick when all is there. Programs come from ``apt-get install`` and so need root; the guest kernel
+and libblkio are only downloaded and unpacked below ``.cache/`` (or ``PYVHOST_CACHE``), which any
+user may do. Debian 12 has too old a QEMU and no libblkio: those come from bookworm-backports and
+trixie, through apt lists of our own below the cache with those suites at priority 50, so that the
+machine's own apt configuration stays as it is.
+
+Knows apt. Does not know what the tests do with the programs. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from peers.catalogue import CACHE, CONTRIB_BLK, KERNEL, LIBBLKIO, PEERS, REPOSITORY
+
+# The suites that a release lacks something from: (QEMU, libblkio). None: its own is fine.
+EXTRA_SUITES = {"bookworm": ("bookworm-backports", "trixie")}
+
+# In a guest, in this order; "virtio" before "virtio_ring" would miss symbols.
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "rng-core",
+    "virtio-rng",
+)
+
+
+def say(text: str) -> None:
+    print(f"peers: {text}", flush=True)
+
+
+def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command; its output is shown only when it fails, all of it."""
+    done = subprocess.run(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise SystemExit(f"peers: {' '.join(command)}: exit {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def codename() -> str:
+    release = dict(
+        line.strip().split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
+    )
+    return release.get("VERSION_CODENAME", "").strip('"')
+
+
+class Apt:
+    """apt with sources, lists and preferences of its own, and the machine's dpkg status."""
+
+    def __init__(self) -> None:
+        self.root = CACHE / "apt"
+        release = codename()
+        self.qemu_suite, self.blkio_suite = EXTRA_SUITES.get(release, (release, release))
+        extra = EXTRA_SUITES.get(release, ())
+        # Whatever the root of this machine's own main archive is: its mirror has the other suites.
+        targets = run(
+            "apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"
+        ).split("\n")
+        address = next((line.split(" ", 1)[1] for line in targets if line.startswith(f"{release} ")), "")
+        if extra and not address:
+            raise SystemExit(f"peers: apt has no source for {release}; extra suites cannot be found")
+        for folder in ("sources.list.d", "preferences.d", "lists/partial", "archives/partial"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        sources = self.root / "sources.list.d"
+        for old in sources.iterdir():
+            old.unlink()
+        for system in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")):
+            if system.suffix in (".list", ".sources") and system.exists():
+                (sources / system.name).symlink_to(system)
+        keys = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+        lines = [
+            f"Types: deb deb-src\nURIs: {address}\nSuites: {suite}\nComponents: main\nSigned-By: {keys}\n"
+            for suite in extra
+        ]
+        (sources / "pyvhost-extra.sources").write_text("\n".join(lines))
+        (self.root / "preferences.d" / "pyvhost").write_text(
+            "\n".join(f"Package: *\nPin: release n={suite}\nPin-Priority: 50\n" for suite in extra)
+        )
+        config = self.root / "apt.conf"
+        config.write_text(
+            'Dir::Etc::SourceList "/dev/null";\n'
+            f'Dir::Etc::SourceParts "{sources}";\n'
+            'Dir::Etc::Preferences "/dev/null";\n'
+            f'Dir::Etc::PreferencesParts "{self.root}/preferences.d";\n'
+            f'Dir::State::Lists "{self.root}/lists";\n'
+            f'Dir::Cache "{self.root}";\n'
+            f'Dir::Cache::Archives "{self.root}/archives";\n'
+            # The sandbox user may not enter a home directory; every index and package is still verified.
+            'APT::Sandbox::User "root";\n'
+            'Acquire::Retries "3";\n'
+        )
+        self.env = {**os.environ, "APT_CONFIG": str(config), "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
+        say("apt-get update (lists of our own)")
+        self("update", "--error-on=any")
+
+    def __call__(self, *arguments: str, cwd: Path | None = None) -> str:
+        return run("apt-get", "-q", *arguments, cwd=cwd, env=self.env)
+
+    def unpack(self, packages: Sequence[str], suite: str, into: Path) -> None:
+        """Download packages and unpack them somewhere without installing them."""
+        downloads = self.root / "downloads"
+        shutil.rmtree(downloads, ignore_errors=True)
+        downloads.mkdir()
+        self("download", *(f"{package}/{suite}" if suite else package for package in packages), cwd=downloads)
+        for package in downloads.glob("*.deb"):
+            run("dpkg", "-x", str(package), str(into))
+        shutil.rmtree(downloads)
+
+    def kernel_package(self) -> str:
+        """The real package behind linux-image-cloud-amd64."""
+        text = run("apt-cache", "depends", "linux-image-cloud-amd64", env=self.env)
+        return next(line.split()[1] for line in text.splitlines() if "Depends: linux-image-" in line)
+
+
+def extract_vmlinux(bzimage: bytes) -> bytes | None:
+    """The ELF image inside a bzImage (Linux Documentation/arch/x86/boot.rst); QEMU starts it by
+    PVH, which saves the guest from unpacking it under TCG. None: the program for it is not there."""
+    setup_sectors = bzimage[0x1F1] or 4
+    start = (setup_sectors + 1) * 512 + int.from_bytes(bzimage[0x248:0x24C], "little")
+    payload = bzimage[start : start + int.from_bytes(bzimage[0x24C:0x250], "little")]
+    if payload.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMADecompressor().decompress(payload)
+    unpackers = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4"}
+    program = unpackers.get(payload[:4])
+    if program is None or not shutil.which(program):
+        return None
+    # The unpacked size follows the stream as four bytes of its own.
+    done = subprocess.run([program, "-dcq"], input=payload[:-4], capture_output=True)
+    return done.stdout if done.returncode == 0 and done.stdout[:4] == b"\x7fELF" else None
+
+
+def install_kernel(apt: Apt) -> None:
+    package = apt.kernel_package()
+    say(f"{package}: download and unpack")
+    staging = CACHE / "kernel.new"
+    shutil.rmtree(staging, ignore_errors=True)
+    apt.unpack([package], "", staging)
+    shutil.rmtree(KERNEL, ignore_errors=True)
+    modules = KERNEL / "modules"
+    modules.mkdir(parents=True)
+    (image,) = (staging / "boot").glob("vmlinuz-*")
+    shutil.copy(image, KERNEL / "vmlinuz")
+    vmlinux = extract_vmlinux(image.read_bytes())
+    if vmlinux is not None:
+        (KERNEL / "vmlinux").write_bytes(vmlinux)
+    order = []
+    for name in MODULES:
+        found = list((staging / "lib" / "modules").rglob(f"{name}.ko*"))
+        if not found:
+            continue  # built in
+        data = found[0].read_bytes()
+        (modules / f"{name}.ko").write_bytes(lzma.decompress(data) if found[0].suffix == ".xz" else data)
+        order.append(name)
+    (KERNEL / "order").write_text("\n".join(order) + "\n")
+    shutil.rmtree(staging)
+    (KERNEL / "complete").write_text(package + "\n")
+
+
+def install_libblkio(apt: Apt) -> None:
+    say("libblkio: download and unpack")
+    shutil.rmtree(LIBBLKIO, ignore_errors=True)
+    apt.unpack(PEERS["libblkio"].packages, apt.blkio_suite, LIBBLKIO)
+    (LIBBLKIO / "complete").write_text("\n")
+
+
+def install_contrib_blk(apt: Apt) -> None:
+    """QEMU's sample back-end, from Debian's source package with gcc alone and a shim of headers."""
+    say("contrib/vhost-user-blk: download QEMU's source and build")
+    folder = CACHE / "qemu-source"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    apt("source", "--download-only", f"qemu/{apt.qemu_suite}", cwd=folder)
+    (tarball,) = folder.glob("qemu_*.orig.tar.*")
+    wanted = ("contrib/vhost-user-blk/", "subprojects/libvhost-user/", "include/standard-headers/")
+    with tarfile.open(tarball) as archive:
+        for member in archive:
+            inside = member.name.split("/", 1)[-1]
+            if member.isfile() and inside.startswith(wanted):
+                member.name = inside
+                archive.extract(member, folder)
+    tarball.unlink()
+    CONTRIB_BLK.parent.mkdir(exist_ok=True)
+    shim = REPOSITORY / "tests" / "peers" / "qemu-shim"
+    sources = ["contrib/vhost-user-blk/vhost-user-blk.c", "subprojects/libvhost-user/libvhost-user.c"]
+    sources.append("subprojects/libvhost-user/libvhost-user-glib.c")
+    flags = run("pkg-config", "--cflags", "--libs", "glib-2.0").split()
+    includes = [f"-I{shim}", f"-I{folder}/include", f"-I{folder}/subprojects/libvhost-user"]
+    run(
+        "gcc", "-O2", "-D_GNU_SOURCE", "-w", *includes, f"-I{folder}/include/standard-headers",
+        f"-I{folder}/subprojects", "-o", str(CONTRIB_BLK), *sources, *flags, "-lpthread", cwd=folder
+    )  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def missing(bench: bool) -> dict[str, str]:
+    reasons = {name: peer.missing() for name, peer in PEERS.items() if bench or not peer.benchmark_only}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def report(reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        say(f"{name}: {reason}; Debian package: {', '.join(PEERS[name].packages)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--bench", action="store_true", help="also what only the benchmarks use")
+    parser.add_argument("--check", action="store_true", help="install nothing")
+    options = parser.parse_args()
+    todo = missing(options.bench)
+    if not todo:
+        say("all there")
+        return 0
+    if options.check or not shutil.which("apt-get"):
+        report(todo)
+        return 1
+    CACHE.mkdir(parents=True, exist_ok=True)
+    apt = Apt()
+    if os.geteuid() == 0:
+        qemu = [package for name in ("qemu", "qsd") if name in todo for package in PEERS[name].packages]
+        tools = [
+            package for name in ("busybox", "cpio", "gcc") if name in todo for package in PEERS[name].packages
+        ]
+        if "kernel" in todo:
+            tools += ["lz4"]  # the kernel is packed with it
+        if "contrib-vhost-user-blk" in todo:
+            tools += ["pkg-config", "libglib2.0-dev"]
+        if tools:
+            say(f"apt-get install {' '.join(tools)}")
+            apt("install", "-y", "--no-install-recommends", *tools)
+        if qemu:
+            say(f"apt-get install -t {apt.qemu_suite} {' '.join(qemu)}")
+            apt("install", "-y", "--no-install-recommends", "-t", apt.qemu_suite, *qemu)
+    if "kernel" in todo:
+        install_kernel(apt)
+    if "libblkio" in todo:
+        install_libblkio(apt)
+    if "contrib-vhost-user-blk" in todo:
+        install_contrib_blk(apt)
+    shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
+    todo = missing(options.bench)
+    report(todo)
+    if not todo:
+        say("all there")
+    return 1 if todo else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

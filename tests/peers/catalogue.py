@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The real programs that the tests run against: where each one is, and what to install for it.
+
+Knows names, versions and places; standard library only, because the installer runs before any
+virtual environment exists. Does not install (``tests/install_peers.py`` does) and does not skip
+(``peers.support`` does).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("PYVHOST_CACHE") or REPOSITORY / ".cache").resolve()
+
+KERNEL = CACHE / "kernel"  # vmlinuz, modules/*.ko, and vmlinux when it could be unpacked
+LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
+CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
+BUSYBOX = Path("/bin/busybox")
+
+# reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
+QEMU_MINIMUM = (9, 2)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One program. ``missing`` says in a phrase why it cannot be used; "" means that it can."""
+
+    name: str
+    packages: tuple[str, ...]
+    missing: Callable[[], str]
+    benchmark_only: bool = False
+
+
+def qemu_version(program: str) -> tuple[int, ...] | None:
+    """(10, 0, 2) for "QEMU emulator version 10.0.2 (Debian ...)"; None when it is not there."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"version (\d+(?:\.\d+)+)", text)
+    return tuple(int(part) for part in match[1].split(".")) if match else None
+
+
+def _qemu(program: str) -> Callable[[], str]:
+    def missing() -> str:
+        version = qemu_version(program)
+        if version is None:
+            return f"{program} is not installed"
+        if version < QEMU_MINIMUM:
+            have, want = (".".join(map(str, v)) for v in (version, QEMU_MINIMUM))
+            return f"{program} is {have}, {want} or newer is needed"
+        return ""
+
+    return missing
+
+
+def _program(name: str) -> Callable[[], str]:
+    return lambda: "" if shutil.which(name) else f"{name} is not installed"
+
+
+def _file(path: Path) -> Callable[[], str]:
+    return lambda: "" if path.exists() else f"{path} is not there"
+
+
+def static_busybox() -> str:
+    """The guest has no C library, so busybox must need none: no interpreter named in the file."""
+    if not BUSYBOX.exists():
+        return f"{BUSYBOX} is not there"
+    with BUSYBOX.open("rb") as file:
+        head = file.read(4096)
+    return f"{BUSYBOX} is not static" if b"ld-linux" in head else ""
+
+
+def kernel_image() -> Path:
+    """What QEMU boots fastest: the ELF image by PVH if there is one, else the bzImage."""
+    vmlinux = KERNEL / "vmlinux"
+    return vmlinux if vmlinux.exists() else KERNEL / "vmlinuz"
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("qemu", ("qemu-system-x86",), _qemu("qemu-system-x86_64")),
+        Peer("qsd", ("qemu-utils",), _qemu("qemu-storage-daemon")),
+        Peer("busybox", ("busybox-static",), static_busybox),
+        Peer("cpio", ("cpio",), _program("cpio")),
+        Peer("gcc", ("gcc", "libc6-dev"), _program("gcc")),
+        Peer("kernel", ("linux-image-cloud-amd64",), _file(KERNEL / "complete")),
+        Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
+    )
+}
