@@ -208,14 +208,16 @@ bool packed_kick_prepare(struct driver_queue *dq)
 	return (here + 2 * cycle - event - 1) % cycle < added;
 }
 
-/* Is the slot where the next used element is due used? Its flags, then, in *flags. */
-static bool look(struct driver_queue *dq, uint16_t *flags)
+/* Is the slot used where the next used element is due? */
+static bool look(struct driver_queue *dq)
 {
+	uint16_t flags;
+
 	/* Pairs with the release of the flags in packed_flush(): element and buffers come after
 	 * them. */
-	*flags = LOAD_ACQUIRE(dq->packed.desc[dq->last_used].flags);
+	flags = LOAD_ACQUIRE(dq->packed.desc[dq->last_used].flags);
 	/* Where nothing is out the slot may still look used from a lap ago. */
-	return (*flags & USED_FLAGS) == flags_used(dq->used_wrap) && dq->num_free < dq->num;
+	return (flags & USED_FLAGS) == flags_used(dq->used_wrap) && dq->num_free < dq->num;
 }
 
 /* Asks for a call for the element that comes next. */
@@ -244,35 +246,45 @@ static void release(struct driver_queue *dq, uint16_t id)
 	dq->free_head = id;
 }
 
+/* 1: the used element that is next, checked; 0: none; -1: broken. */
+static int fetch(struct driver_queue *dq, uint16_t *id, uint32_t *len)
+{
+	const struct vring_packed_desc *d;
+
+	if (unlikely(dq->report.fault))
+		return -1;
+	if (!look(dq)) {
+		if (!dq->event_idx || dq->cb_off || dq->event_armed)
+			return 0;
+		/* Callbacks are on, so 0 promises a call for what comes next. */
+		arm_event(dq);
+		if (!look(dq))
+			return 0;
+	}
+	d = &dq->packed.desc[dq->last_used];
+	*id = READ_ONCE(d->id);
+	/* Whether or not WRITE is set: without it `len` means nothing (2.8.4), but QEMU's devices
+	 * never set it, and Linux' driver does not look. */
+	*len = READ_ONCE(d->len);
+	if (unlikely(*id >= dq->num))
+		return driver_fault(dq, VQ_ID_RANGE, 0, *id, dq->num);
+	if (unlikely(!dq->slots[*id].ndesc))
+		return driver_fault(dq, VQ_USED_ID, *id, *id, 0);
+	if (dq->in_order)
+		driver_batch_open(dq, *id, *len);
+	return 1;
+}
+
 int packed_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
 {
-	uint16_t id, flags;
-	uint32_t len;
+	uint16_t id = 0;
+	uint32_t len = 0;
 
 	if (!dq->batch_open) {
-		const struct vring_packed_desc *d;
+		int rc = fetch(dq, &id, &len);
 
-		if (unlikely(dq->report.fault))
-			return -1;
-		if (!look(dq, &flags)) {
-			if (!dq->event_idx || dq->cb_off || dq->event_armed)
-				return 0;
-			/* Callbacks are on, so 0 promises a call for what comes next. */
-			arm_event(dq);
-			if (!look(dq, &flags))
-				return 0;
-		}
-		d = &dq->packed.desc[dq->last_used];
-		id = READ_ONCE(d->id);
-		/* Whether or not WRITE is set: without it `len` means nothing (2.8.4), but QEMU's
-		 * devices never set it, and Linux' driver does not look. */
-		len = READ_ONCE(d->len);
-		if (unlikely(id >= dq->num))
-			return driver_fault(dq, VQ_ID_RANGE, 0, id, dq->num);
-		if (unlikely(!dq->slots[id].ndesc))
-			return driver_fault(dq, VQ_USED_ID, id, id, 0);
-		if (dq->in_order)
-			driver_batch_open(dq, id, len);
+		if (rc <= 0)
+			return rc;
 	}
 	if (dq->in_order)
 		id = driver_batch_next(dq, &len);
@@ -307,7 +319,5 @@ bool packed_enable_cb(struct driver_queue *dq)
 
 bool packed_more_used(struct driver_queue *dq)
 {
-	uint16_t flags;
-
-	return dq->batch_open || dq->report.fault || look(dq, &flags);
+	return dq->batch_open || dq->report.fault || look(dq);
 }

@@ -52,7 +52,8 @@ uint32_t split_driver_base(const struct driver_queue *dq)
 	return dq->avail;
 }
 
-static void put_desc(struct vring_desc *d, const struct virtqueue_buf *b, uint16_t flags, uint16_t next)
+static void put_desc(struct vring_desc *d, const struct virtqueue_buf *b, uint16_t flags,
+		     uint16_t next)
 {
 	d->addr = b->addr;
 	d->len = b->len;
@@ -196,54 +197,66 @@ static void arm_event(struct driver_queue *dq)
 
 static void release(struct driver_queue *dq, uint16_t id)
 {
+	dq->last_used++;
 	if (dq->in_order)
 		return; /* next in the circle as it is */
 	dq->slots[dq->slots[id].last].next = dq->free_head;
 	dq->free_head = id;
 }
 
-int split_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
+/* 1: the used element that is next, checked; 0: none; -1: broken. */
+static int fetch(struct driver_queue *dq, uint16_t *id, uint32_t *len)
 {
-	uint32_t id, len;
+	const struct vring_used_elem *elem;
+	uint32_t used_id;
 
-	if (!dq->batch_open) {
-		const struct vring_used_elem *elem;
-
+	if (unlikely(dq->report.fault))
+		return -1;
+	if (dq->last_used == dq->shadow_used && !look(dq)) {
 		if (unlikely(dq->report.fault))
 			return -1;
-		if (dq->last_used == dq->shadow_used && !look(dq)) {
-			if (dq->report.fault)
-				return -1;
-			if (!dq->event_idx || dq->cb_off || dq->event_armed)
-				return 0;
-			/* Callbacks are on, so 0 promises a call for what comes next. */
-			arm_event(dq);
-			if (!look(dq))
-				return dq->report.fault ? -1 : 0;
-		}
-		elem = &dq->split.used->ring[dq->last_used & (dq->num - 1)];
-		id = READ_ONCE(elem->id);
-		len = READ_ONCE(elem->len);
-		if (unlikely(id >= dq->num))
-			return driver_fault(dq, VQ_ID_RANGE, 0, id, dq->num);
-		if (unlikely(!dq->slots[id].ndesc))
-			return driver_fault(dq, VQ_USED_ID, (uint16_t)id, id, 0);
-		if (dq->in_order) {
-			/* The index must cover the whole batch: it moves by the batch's size
-			 * (2.7.9). */
-			uint16_t before = (uint16_t)(dq->slots[id].index - dq->last_used);
-			uint16_t ahead = (uint16_t)(dq->shadow_used - dq->last_used);
+		if (!dq->event_idx || dq->cb_off || dq->event_armed)
+			return 0;
+		/* Callbacks are on, so 0 promises a call for what comes next. */
+		arm_event(dq);
+		if (!look(dq))
+			return dq->report.fault ? -1 : 0;
+	}
+	elem = &dq->split.used->ring[dq->last_used & (dq->num - 1)];
+	used_id = READ_ONCE(elem->id);
+	*len = READ_ONCE(elem->len);
+	if (unlikely(used_id >= dq->num))
+		return driver_fault(dq, VQ_ID_RANGE, 0, used_id, dq->num);
+	*id = (uint16_t)used_id;
+	if (unlikely(!dq->slots[*id].ndesc))
+		return driver_fault(dq, VQ_USED_ID, *id, used_id, 0);
+	if (dq->in_order) {
+		/* The index must cover the whole batch: it moves by the batch's size (2.7.9). */
+		uint16_t before = (uint16_t)(dq->slots[*id].index - dq->last_used);
+		uint16_t ahead = (uint16_t)(dq->shadow_used - dq->last_used);
 
-			if (unlikely(before >= ahead))
-				return driver_fault(dq, VQ_USED_BATCH, (uint16_t)id, before, ahead);
-			driver_batch_open(dq, (uint16_t)id, len);
-		}
+		if (unlikely(before >= ahead))
+			return driver_fault(dq, VQ_USED_BATCH, *id, before, ahead);
+		driver_batch_open(dq, *id, *len);
+	}
+	return 1;
+}
+
+int split_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
+{
+	uint16_t id = 0;
+	uint32_t len = 0;
+
+	if (!dq->batch_open) {
+		int rc = fetch(dq, &id, &len);
+
+		if (rc <= 0)
+			return rc;
 	}
 	if (dq->in_order)
 		id = driver_batch_next(dq, &len);
-	release(dq, (uint16_t)id);
-	dq->last_used++;
-	driver_complete(dq, (uint16_t)id, len, token, written);
+	release(dq, id);
+	driver_complete(dq, id, len, token, written);
 	return 1;
 }
 
