@@ -87,7 +87,7 @@ static inline void driver_complete(struct driver_queue *dq, uint16_t id, uint32_
 
 /*
  * IN_ORDER: one used element stands for every chain from the oldest up to the one that it names
- * (2.7.9, 2.8.7). Those before the last were used completely, by definition.
+ * (2.7.9, 2.8.8). Those before the last were used completely, by definition.
  */
 static inline void driver_batch_open(struct driver_queue *dq, uint16_t last, uint32_t len)
 {

@@ -82,7 +82,7 @@ static void put_table(struct driver_queue *dq, uint16_t id, const struct virtque
 	uint32_t n = req->out + req->in;
 	struct virtqueue_buf b = { driver_indirect_addr(dq, id), n * 16 };
 
-	/* Entries follow each other; WRITE is the only flag that means something (2.8.6). */
+	/* Entries follow each other; WRITE is the only flag that means something (2.8.7). */
 	for (uint32_t i = 0; i < n; i++) {
 		put_desc(&table[i], &req->bufs[i], 0);
 		table[i].flags = i < req->out ? 0 : VRING_DESC_F_WRITE;
@@ -99,7 +99,7 @@ static inline void advance(struct driver_queue *dq)
 }
 
 /* Lays one chain out, all but the flags of its first slot, which it returns in *flags: the device
- * does not look past that slot before they are there (2.8.5). */
+ * does not look past that slot before they are there (2.8.6). */
 static int stage(struct driver_queue *dq, const struct virtqueue_request *req, uint16_t *flags)
 {
 	uint16_t id = dq->in_order ? dq->avail : dq->free_head;
