@@ -9,6 +9,7 @@ limit; the attributes carry the same for programs.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class VhostError(Exception):
@@ -50,11 +51,17 @@ class DeviceBusy(VhostError):
 
 
 class ProtocolError(VhostError):
-    """vhost-user: the peer and we do not agree. ``request`` is the message's name, if known."""
+    """vhost-user: the peer and we do not agree. ``request`` is the message's name, if known.
 
-    def __init__(self, text: str, *, request: str | None = None) -> None:
+    ``message`` is set when the stream is still in step: exactly one message was refused, it can be
+    answered with a failure and the session can go on. None means that the connection is lost.
+    """
+
+    def __init__(self, text: str, *, request: str | None = None, message: Any = None) -> None:
         super().__init__(f"{request}: {text}" if request else text)
+        self.text = text
         self.request = request
+        self.message = message
 
 
 class InvalidMessage(ProtocolError):
@@ -92,8 +99,10 @@ class InvalidState(ProtocolError):
 class RequestFailed(ProtocolError):
     """The peer answered that it failed: a non-zero REPLY_ACK. ``status`` is the value."""
 
-    def __init__(self, text: str, *, request: str | None = None, status: int = 1) -> None:
-        super().__init__(text, request=request)
+    def __init__(
+        self, text: str, *, request: str | None = None, status: int = 1, message: Any = None
+    ) -> None:
+        super().__init__(text, request=request, message=message)
         self.status = status
 
 

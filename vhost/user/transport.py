@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A vhost-user session on a Unix stream socket, with descriptors in SCM_RIGHTS.
+
+Knows sockets and nothing of what messages mean. Never blocks, except in ``call``, which is for
+front-ends that have nothing else to do than wait for their reply.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import select
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from vhost.errors import Disconnected, ProtocolError, ReplyTimeout, RequestFailed
+from vhost.user.session import Session
+from vhost.user.spec import MAX_FDS, Message, Outgoing, close_fds
+
+MAX_PENDING = 64 * 1024
+"""Bytes that may wait for a peer that does not read."""
+
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
+# No SIGPIPE: a library cannot know what it does to the process.
+_SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+
+
+@dataclass(slots=True)
+class _Queued:
+    data: memoryview
+    fds: tuple[int, ...]  # duplicates, ours to close
+
+
+class Transport:
+    """Owns the socket and the session."""
+
+    def __init__(self, sock: socket.socket, session: Session, *, max_pending: int = MAX_PENDING) -> None:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"vhost-user needs a Unix stream socket, not {sock!r}")
+        sock.setblocking(False)
+        self.socket = sock
+        self.session = session
+        self.max_pending = max_pending
+        self.pending = 0
+        """Bytes that wait until the socket takes them; poll for POLLOUT while there are any."""
+        self._queue: deque[_Queued] = deque()
+        self._poll: select.poll | None = None
+        self._polled = 0
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket, and all descriptors that neither side took. Idempotent."""
+        queue, self._queue = self._queue, deque()
+        self.pending = 0
+        self.session.close()
+        self.socket.close()
+        for queued in queue:
+            close_fds(queued.fds)
+
+    # -- receiving ---------------------------------------------------------------------------------
+
+    def receive(self) -> Message | None:
+        """The next message, or None when it is not here yet. Raises what Session.receive raises, and
+        Disconnected or PartialMessage when the peer is gone."""
+        session = self.session
+        while True:
+            try:
+                data, ancillary, flags, _ = self.socket.recvmsg(session.wanted, _ANCILLARY, _RECEIVE_FLAGS)
+            except BlockingIOError:
+                return None
+            except ConnectionError as error:
+                session.receive_eof(f"connection lost ({_reason(error)})")
+                raise
+            except OSError as error:
+                raise ProtocolError(f"receive: {_reason(error)}") from error
+            fds = _descriptors(ancillary) if ancillary else ()
+            if not data:
+                # A zero-length read can bring no descriptors on a stream; close any all the same.
+                close_fds(fds)
+                session.receive_eof()
+            message = session.receive(data, fds, bool(flags & socket.MSG_CTRUNC))
+            if message is not None:
+                return message
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def send(self, outgoing: Outgoing | None) -> None:
+        """Send, and keep what the socket does not take. The caller may close its descriptors at once.
+        ProtocolError when the peer lets more than ``max_pending`` bytes pile up."""
+        if outgoing is None:
+            return
+        data = memoryview(outgoing.data)
+        fds = outgoing.fds
+        if not self._queue:
+            sent = self._write(data, fds)
+            if sent == len(data):
+                return
+            if sent:
+                data, fds = data[sent:], ()
+        if self.pending + len(data) > self.max_pending:
+            text = f"peer does not read: {self.pending + len(data)} bytes pending, limit {self.max_pending}"
+            raise ProtocolError(text, request=outgoing.name)
+        try:
+            self._queue.append(_Queued(data, _duplicate(fds)))
+        except OSError as error:
+            raise ProtocolError(f"send: {_reason(error)}", request=outgoing.name) from error
+        self.pending += len(data)
+
+    def flush(self) -> bool:
+        """Send what is pending; True when nothing is left."""
+        while self._queue:
+            head = self._queue[0]
+            sent = self._write(head.data, head.fds)
+            self.pending -= sent
+            if sent and head.fds:
+                # They went with the first byte.
+                fds, head.fds = head.fds, ()
+                close_fds(fds)
+            if sent < len(head.data):
+                head.data = head.data[sent:]
+                return False
+            self._queue.popleft()
+        return True
+
+    def _write(self, data: memoryview, fds: tuple[int, ...]) -> int:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            return self.socket.sendmsg([data], ancillary, _SEND_FLAGS)
+        except BlockingIOError:
+            return 0
+        except ConnectionError as error:
+            raise Disconnected(f"connection lost ({_reason(error)})") from error
+        except OSError as error:
+            raise ProtocolError(f"send: {_reason(error)}") from error
+
+    # -- for front-ends ----------------------------------------------------------------------------
+
+    def call(self, outgoing: Outgoing, timeout: float | None = None) -> Message | None:
+        """Send a request and wait for its reply; None if it has none. A non-zero ack raises
+        RequestFailed. Replies to requests sent before it are checked likewise and dropped."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.send(outgoing)
+        while self.pending:
+            self._wait(select.POLLOUT, deadline, timeout, outgoing)
+            self.flush()
+        if not outgoing.expects_reply:
+            return None
+        message: Message | None = None
+        failed: Message | None = None
+        while self.session.outstanding:
+            if message is not None:
+                message.close()
+            # The reply is hardly ever there at once: waiting first saves a futile read.
+            self._wait(select.POLLIN, deadline, timeout, outgoing)
+            while (message := self.receive()) is None:
+                self._wait(select.POLLIN, deadline, timeout, outgoing)
+            if message.is_ack and message.status and failed is None:
+                failed = message
+        if failed is not None:
+            if message is not None:
+                message.close()
+            text = f"the peer answered with failure: status {failed.status:#x}"
+            raise RequestFailed(text, request=failed.name, status=failed.status, message=failed)
+        return message
+
+    def _wait(self, event: int, deadline: float | None, timeout: float | None, outgoing: Outgoing) -> None:
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self.socket, event)
+            self._polled = event
+        left = None
+        if deadline is not None:
+            left = (deadline - time.monotonic()) * 1000
+            if left <= 0:
+                what = "no reply" if event == select.POLLIN else "could not be sent"
+                raise ReplyTimeout(f"{what} within {timeout} s", request=outgoing.name)
+        if event != self._polled:
+            self._poll.modify(self.socket, event)
+            self._polled = event
+        self._poll.poll(left)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
+
+
+def _duplicate(fds: tuple[int, ...]) -> tuple[int, ...]:
+    with contextlib.ExitStack() as undo:
+        copies = []
+        for fd in fds:
+            copies.append(os.dup(fd))
+            undo.callback(os.close, copies[-1])
+        undo.pop_all()
+        return tuple(copies)
