@@ -91,7 +91,8 @@ class _Fixed(Payload):
             cls.MIN_SIZE = cls.MAX_SIZE = cls.FORMAT.size
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        # The dataclass's fields in their order, without its ClassVars.
+        return tuple(getattr(self, name) for name in self.__match_args__)  # type: ignore[attr-defined]
 
     def pack(self) -> bytes:
         try:
