@@ -46,7 +46,8 @@ int packed_driver_init(struct driver_queue *dq, const struct driver_config *cfg)
 	memset(dq->packed.driver, 0, vring_driver_size(dq->num, 1));
 	memset(dq->packed.device, 0, vring_device_size(dq->num, 1));
 
-	dq->avail = dq->last_used = pos;
+	dq->avail = dq->last_used = dq->oldest = pos;
+	dq->free_head = 0;
 	dq->avail_wrap = dq->used_wrap = avail & VRING_PACKED_EVENT_WRAP;
 	/* As if all had been used: this lap's slots before the position, the last lap's from there
 	 * on. For a new ring that is the zeros it starts with (2.8.13). */

@@ -32,6 +32,7 @@ int split_driver_init(struct driver_queue *dq, const struct driver_config *cfg)
 	memset(dq->split.used, 0, vring_device_size(dq->num, 0));
 
 	dq->avail = dq->last_used = dq->shadow_used = (uint16_t)cfg->base;
+	dq->free_head = dq->oldest = 0;
 	/* Also the device's index: a device that starts takes its own from there, whatever base it
 	 * was told. */
 	WRITE_ONCE(dq->split.used->idx, dq->last_used);
