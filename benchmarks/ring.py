@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What a chain costs a device: ns per blk-shaped chain, from an unchecked C loop to plain Python.
+
+A chain is 16 readable and 4096 + 1 writable bytes in three descriptors; every case pops, walks,
+translates and pushes it, and decides once a batch whether to notify. The driver's work is laid out
+before the clock starts, so that publishing a batch is one 16-bit store, whose cost (with the clock's)
+is measured by itself and taken off. All of it is one process on one core: what a cache line costs on
+its way from the driver's core comes on top for everybody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import random
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, ring_python
+from benchmarks.harness import Aim, Samples
+from vhost.memory import GuestMemory, Region
+from vhost.virtqueue import DeviceQueue
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+
+NUM = 1024
+ROUND = 256  # chains laid out at once; a batch divides it
+BATCHES = (1, 32, 256)
+REGIONS = (1, 8, 64, 509)
+FORMATS = ("split", "packed")
+
+HEADER, DATA = 16, 4096
+WRITTEN = DATA + 1
+
+GUEST_BASE = 1 << 32
+SHIFT = 22  # regions of 4 MiB, so that 509 of them are 2 GiB of (sparse) memory
+AREA = 40 << 10  # one case's ring, headers and status bytes, all in region 0
+AVAIL, USED, SMALL = 16 << 10, 19 << 10, 28 << 10
+POOL = 4096  # data addresses to walk through
+
+FLOOR, AGAIN = "C floor, unchecked", "C floor again (A/A)"
+ENGINE, ENGINE_BATCH = "C engine", "C engine, pop_batch"
+ITERATE, BATCH = "for chain in queue", "pop_batch, push_batch"
+REQUEST, PLAIN = "full request in Python", "plain Python"
+CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, ITERATE, BATCH, REQUEST, PLAIN)
+
+SAMPLE_NS = 2_000_000  # about what one sample shall take
+GUESS = {
+    FLOOR: 10,
+    AGAIN: 10,
+    ENGINE: 25,
+    ENGINE_BATCH: 25,
+    ITERATE: 100,
+    BATCH: 80,
+    REQUEST: 200,
+    PLAIN: 4000,
+}
+
+
+def build() -> ctypes.CDLL:
+    """Compile the floor and csrc, with the flags of the real build, once per state of the sources."""
+    sources = [HERE / "ring_floor.c", HERE / "ring_engine.c"]
+    sources += sorted(path for path in CSRC.glob("*.c") if not path.name.startswith("engine_"))
+    flags = ["-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", f"-I{CSRC}", f"-I{HERE}"]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in [*sources, *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvhost" / "benchmarks"
+    cache.mkdir(parents=True, exist_ok=True)
+    library = cache / f"ring-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / library.name
+            subprocess.run(["gcc", *flags, *map(str, sources), "-o", str(made)], check=True)
+            made.replace(library)
+    lib = ctypes.CDLL(str(library))
+    pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_bool
+    for name, result, *arguments in (
+        ("ring_new", pointer, flag, u32, pointer, pointer, pointer, pointer, u32, u32, u64, pointer, u32),
+        ("ring_delete", None, pointer),
+        ("ring_refill", None, pointer, u32, u32),
+        ("ring_check", u32, pointer, flag),
+        ("ring_publish_at", ctypes.POINTER(u32), pointer),
+        ("ring_publish_values", ctypes.POINTER(ctypes.c_uint16), pointer),
+        ("ring_floor_run", u64, pointer, flag, u32, u32, u32),
+        ("ring_engine_new", ctypes.c_int, pointer),
+        ("ring_engine_delete", None, pointer),
+        ("ring_engine_run", u64, pointer, flag, u32, u32, u32),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+class GuestRegion(ctypes.Structure):
+    _fields_ = [
+        ("guest_addr", ctypes.c_uint64),
+        ("user_addr", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("host", ctypes.c_uint64),
+    ]
+
+
+class Arena:
+    """Guest memory of n regions, windows of one file, with room for each case's ring in the first."""
+
+    def __init__(self, nregions: int, areas: int) -> None:
+        size = 1 << SHIFT
+        self.nregions = nregions
+        fd = os.memfd_create("benchmark")
+        try:
+            os.ftruncate(fd, nregions * size)
+            self.regions = [
+                Region.from_fd(fd, size, guest_addr=at, user_addr=at, mmap_offset=at - GUEST_BASE)
+                for at in range(GUEST_BASE, GUEST_BASE + nregions * size, size)
+            ]
+        finally:
+            os.close(fd)
+        self.memory = GuestMemory(self.regions)
+        self.c_regions = (GuestRegion * nregions)(
+            *((r.guest_addr, r.user_addr, r.size, r.host_addr) for r in self.regions)
+        )
+        taken = areas * AREA
+        room = (size - taken) // DATA
+        shuffled = random.Random(nregions)
+        places = [(i, k) for k in range(min(room, -(-POOL // nregions))) for i in range(nregions)]
+        shuffled.shuffle(places)
+        addresses = [GUEST_BASE + i * size + taken + k * DATA for i, k in places[:POOL]]
+        self.data = (ctypes.c_uint64 * len(addresses))(*addresses)
+        self.next_area = 0
+
+    def area(self) -> int:
+        at = self.next_area
+        self.next_area += AREA
+        return at
+
+
+class Ring:
+    """One case's ring: the C driver that refills it, and a device that is measured on it."""
+
+    def __init__(self, lib: ctypes.CDLL, arena: Arena, packed: bool) -> None:
+        self.lib, self.arena, self.packed = lib, arena, packed
+        self.offset = arena.area()
+        host = arena.regions[0].host_addr + self.offset
+        self.handle = lib.ring_new(
+            packed,
+            NUM,
+            host,
+            host + AVAIL,
+            host + USED,
+            ctypes.addressof(arena.c_regions),
+            arena.nregions,
+            SHIFT,
+            GUEST_BASE + self.offset + SMALL,
+            ctypes.addressof(arena.data),
+            len(arena.data),
+        )
+        area = memoryview(arena.regions[0])[self.offset : self.offset + AREA]
+        self.desc, self.avail, self.used = area[:AVAIL], area[AVAIL:USED], area[USED:SMALL]
+        self.words = (self.desc if packed else self.avail).cast("H")
+
+    def check(self, status: bool, name: str) -> None:
+        good = self.lib.ring_check(self.handle, status)
+        if good != ROUND:
+            raise RuntimeError(f"{name}: {ROUND - good} of {ROUND} chains did not come back as they must")
+
+    def published(self, batch: int) -> list[tuple[int, int]]:
+        """Lay out a round; what to store, and where, to publish each batch."""
+        self.lib.ring_refill(self.handle, ROUND, batch)
+        n = ROUND // batch
+        at = self.lib.ring_publish_at(self.handle)[:n]
+        return list(zip(at, self.lib.ring_publish_values(self.handle)[:n], strict=True))
+
+    def queue(self) -> DeviceQueue:
+        base = GUEST_BASE + self.offset
+        queue = DeviceQueue(
+            self.arena.memory, NUM, base, base + AVAIL, base + USED, packed=self.packed, event_idx=True
+        )
+        queue.budget = 2 * ROUND
+        return queue
+
+
+# ---------------------------------------------------------------- the devices in Python
+#
+# Each gives a function that is timed as a whole: for every batch, publish it and serve it.
+
+Batches = list[tuple[int, int]]
+Timed = Callable[[Batches], None]
+
+
+def nothing(ring: Ring) -> Timed:
+    words = ring.words
+
+    def run(batches: Batches) -> None:
+        for at, value in batches:
+            words[at] = value
+
+    return run
+
+
+def iterate(ring: Ring) -> Timed:
+    words, queue = ring.words, ring.queue()
+
+    def run(batches: Batches) -> None:
+        push = queue.push
+        for at, value in batches:
+            words[at] = value
+            for chain in queue:
+                push(chain, WRITTEN)
+
+    return run
+
+
+def batched(ring: Ring) -> Timed:
+    words, queue = ring.words, ring.queue()
+
+    def run(batches: Batches) -> None:
+        lengths = [WRITTEN] * (ROUND // len(batches))
+        for at, value in batches:
+            words[at] = value
+            chains = queue.pop_batch(ROUND)
+            queue.push_batch(chains, lengths)
+
+    return run
+
+
+def full_request(ring: Ring) -> Timed:
+    words, queue = ring.words, ring.queue()
+    header = struct.Struct("<IIQ").unpack_from
+    ok, unsupported = b"\0", b"\2"
+
+    def run(batches: Batches) -> None:
+        push = queue.push
+        for at, value in batches:
+            words[at] = value
+            for chain in queue:
+                kind, _, sector = header(chain.readable[0])
+                size = chain.writable_len
+                chain.write_at(size - 1, ok if kind == 0 and sector < 1 << 20 else unsupported)
+                push(chain, size)
+
+    return run
+
+
+def plain(ring: Ring) -> Timed:
+    words = ring.words
+    memory = ring_python.Memory([(r.guest_addr, memoryview(r)) for r in ring.arena.regions])
+    kind = ring_python.PackedRing if ring.packed else ring_python.SplitRing
+    device = kind(memory, NUM, ring.desc, ring.avail, ring.used)
+
+    def handle(readable: list[memoryview], writable: list[memoryview]) -> int:
+        return WRITTEN
+
+    def run(batches: Batches) -> None:
+        for at, value in batches:
+            words[at] = value
+            device.serve(handle)
+
+    return run
+
+
+PYTHON = {ITERATE: iterate, BATCH: batched, REQUEST: full_request, PLAIN: plain}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def c_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
+    """Per chain, with the cost of clock and publishing measured beside it and taken off."""
+    lib, handle = ring.lib, ring.handle
+    rounds = max(1, SAMPLE_NS // (GUESS[name] * ROUND))
+    idle_rounds = max(1, rounds // 4)
+    engine = name in (ENGINE, ENGINE_BATCH)
+    if engine and (error := lib.ring_engine_new(handle)):
+        raise OSError(-error, os.strerror(-error))
+
+    def measure(batch: int) -> float:
+        empty = lib.ring_floor_run(idle.handle, False, idle_rounds, ROUND, batch) / idle_rounds
+        if engine:
+            total = lib.ring_engine_run(handle, name == ENGINE_BATCH, rounds, ROUND, batch)
+        else:
+            total = lib.ring_floor_run(handle, True, rounds, ROUND, batch)
+        ring.check(False, name)
+        return (total / rounds - empty) / ROUND
+
+    return measure
+
+
+def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
+    rounds = max(1, SAMPLE_NS // (GUESS[name] * ROUND))
+    run, do_nothing = PYTHON[name](ring), nothing(idle)
+    clock = time.perf_counter_ns
+
+    def timed(function: Timed, batches: Batches) -> int:
+        start = clock()
+        function(batches)
+        return clock() - start
+
+    def measure(batch: int) -> float:
+        empty = min(timed(do_nothing, idle.published(batch)) for _ in range(3))
+        total = sum(timed(run, ring.published(batch)) for _ in range(rounds))
+        ring.check(name == REQUEST, name)
+        return (total / rounds - empty) / ROUND
+
+    return measure
+
+
+@contextmanager
+def pinned_to(core: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    harness.pin([core])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+Key = tuple[str, int, int, str]  # format, regions, batch, case
+
+
+Cases = dict[Key, Callable[[], float]]
+
+
+def make_cases(lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
+    cases: Cases = {}
+    for nregions in regions:
+        arena = Arena(nregions, len(FORMATS) * (len(CASES) + 1))
+        for form in FORMATS:
+            idle = Ring(lib, arena, form == "packed")
+            for name in CASES:
+                make = python_case if name in PYTHON else c_case
+                measure = make(Ring(lib, arena, form == "packed"), idle, name)
+                for batch in batches:
+                    cases[form, nregions, batch, name] = functools.partial(measure, batch)
+
+    # Cases and region counts side by side: the ratios that count are between neighbours.
+    def order(key: Key) -> tuple[str, int, int, int]:
+        form, nregions, batch, name = key
+        return form, batch, CASES.index(name), nregions
+
+    return {key: cases[key] for key in sorted(cases, key=order)}
+
+
+AIMS = (
+    (Aim("C engine / floor", 4), ENGINE_BATCH, FLOOR),
+    (Aim("for chain in queue / floor", 12), ITERATE, FLOOR),
+    (Aim("full request in Python / floor", 30), REQUEST, FLOOR),
+    (Aim("plain Python / C engine", 50, at_least=True), PLAIN, ENGINE_BATCH),
+    (Aim("plain Python / for chain in queue", 40, at_least=True), PLAIN, ITERATE),
+    (Aim("plain Python / full request in Python", 20, at_least=True), PLAIN, REQUEST),
+)
+
+
+def judge(results: dict[Key, Samples], regions: tuple[int, ...]) -> list[tuple[Aim, Samples]]:
+    """The aims are for batches of 32: one region, then the most regions against one."""
+    judged = []
+    for form in FORMATS:
+        for aim, over, under in AIMS:
+            pair = harness.ratio(results[form, 1, 32, over], results[form, 1, 32, under])
+            judged.append((Aim(f"{form}: {aim.what}", aim.limit, aim.at_least), pair))
+        for name in (ENGINE_BATCH, ITERATE):
+            many = harness.ratio(results[form, regions[-1], 32, name], results[form, 1, 32, name])
+            judged.append((Aim(f"{form}: {name}, {regions[-1]} regions / 1", 1.3), many))
+        control = harness.ratio(results[form, 1, 32, AGAIN], results[form, 1, 32, FLOOR])
+        judged.append((Aim(f"{form}: A/A control, floor / floor", 1.05), control))
+    return judged
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    regions = (1, 509) if quick else REGIONS
+    batches = (32,) if quick else BATCHES
+    lib = build()
+    harness.raise_fd_limit()
+    with pinned_to(harness.cores()[1]):
+        calibration = harness.Calibration()
+        cases = make_cases(lib, regions, batches)
+        results = harness.interleave(
+            cases,
+            9 if quick else 15,
+            calibration,
+            budget=25 if quick else 100,
+            progress=harness.show_progress("ring"),
+        )
+    for form in FORMATS:
+        columns = [(nregions, batch) for nregions in regions for batch in batches]
+        headers = [f"{form}, ns a chain", *(f"{nregions}r/{batch}" for nregions, batch in columns), "+-%"]
+        rows = []
+        for name in CASES:
+            picked = [results[form, nregions, batch, name] for nregions, batch in columns]
+            spread = max(samples.spread() for samples in picked) * 100
+            rows.append([name, *(harness.number(samples.median()) for samples in picked), f"{spread:.0f}"])
+        title = f"{form} ring, {NUM} entries; columns: regions / batch; +-: worst MAD"
+        print(harness.table(headers, rows, title))
+    judged = judge(results, regions)
+    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged], "batch 32"))
+    noisy = sum(samples.noisy for samples in results.values())
+    print(f"samples: {calibration.taken} taken, {calibration.rejected} thrown away, {noisy} noisy ones kept")
+    return {
+        "ns_per_chain": [
+            {"format": key[0], "regions": key[1], "batch": key[2], "case": key[3], **samples.as_json()}
+            for key, samples in results.items()
+        ],
+        "aims": [aim.as_json(samples) for aim, samples in judged],
+        "samples": {"taken": calibration.taken, "rejected": calibration.rejected, "noisy": noisy},
+    }
