@@ -197,8 +197,9 @@ static void test_threads(void)
 		CHECK_EQ(pthread_join(churners[i], NULL), 0);
 }
 
-#ifndef __SANITIZE_THREAD__ /* which rightly calls it a race: one puts pages where the other writes */
-/* Two threads on one hole at once: both get on. */
+/* Two threads on one hole at once: both get on. (TSan rightly calls it a race: one of them puts
+ * pages where the other writes.) */
+#ifndef __SANITIZE_THREAD__
 static void *touch_all(void *arg)
 {
 	struct mapping *m = arg;
