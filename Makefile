@@ -37,7 +37,7 @@ demo: $(VENV)/built
 
 # What the peers' tests need; says which package is missing where it may not install.
 peers:
-	tests/install_peers.sh
+	$(PYTHON) tests/install_peers.py
 
 test: $(VENV)/tools peers test-c test-asan test-tsan
 	$(BIN)/pytest $(PYTEST_ARGS)

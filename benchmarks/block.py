@@ -253,7 +253,7 @@ def backends(
             if device == NULL:
                 notes.append(f"{device}: {CONTRIB} has no null device")
             elif missing := catalogue.PEERS["contrib-vhost-user-blk"].missing():
-                notes.append(f"{device}: without {CONTRIB}: {missing} (tests/install_peers.sh --bench)")
+                notes.append(f"{device}: without {CONTRIB}: {missing} (tests/install_peers.py --bench)")
             else:
 
                 def contrib(fd: str) -> list[str]:
@@ -301,7 +301,7 @@ def measure(
 
 def run(*, quick: bool) -> dict[str, Any]:
     if missing := catalogue.PEERS["libblkio"].missing():
-        print(f"skipped: no client: {missing} (tests/install_peers.sh)")
+        print(f"skipped: no client: {missing} (tests/install_peers.py)")
         return {"skipped": missing}
     ms = 150 if quick else 250
     depths, kinds = ((1, 32), KINDS[:1]) if quick else (DEPTHS, KINDS)

@@ -6,6 +6,9 @@
     python3 tests/install_peers.py --bench    also QEMU's contrib/vhost-user-blk, built from source
     python3 tests/install_peers.py --check    install nothing; say what is missing, exit 1 if so
 
+Without root it installs what it can and names the packages that are missing; it then ends with 0,
+unless CI=true.
+
 Quick when all is there. Programs come from ``apt-get install`` and so need root; the guest kernel
 and libblkio are only downloaded and unpacked below ``.cache/`` (or ``PYVHOST_CACHE``), which any
 user may do. Debian 12 has too old a QEMU and no libblkio: those come from bookworm-backports and
@@ -221,9 +224,20 @@ def install_contrib_blk(apt: Apt) -> None:
     flags = run("pkg-config", "--cflags", "--libs", "glib-2.0").split()
     includes = [f"-I{shim}", f"-I{folder}/include", f"-I{folder}/subprojects/libvhost-user"]
     run(
-        "gcc", "-O2", "-D_GNU_SOURCE", "-w", *includes, f"-I{folder}/include/standard-headers",
-        f"-I{folder}/subprojects", "-o", str(CONTRIB_BLK), *sources, *flags, "-lpthread", cwd=folder
-    )  # fmt: skip
+        "gcc",
+        "-O2",
+        "-D_GNU_SOURCE",
+        "-w",
+        *includes,
+        f"-I{folder}/include/standard-headers",
+        f"-I{folder}/subprojects",
+        "-o",
+        str(CONTRIB_BLK),
+        *sources,
+        *flags,
+        "-lpthread",
+        cwd=folder,
+    )
     shutil.rmtree(folder)
 
 
@@ -277,7 +291,8 @@ def main() -> int:
     report(todo)
     if not todo:
         say("all there")
-    return 1 if todo else 0
+    # A person without root goes on with the tests that can run; in CI nothing may be missing.
+    return 1 if todo and os.environ.get("CI") == "true" else 0
 
 
 if __name__ == "__main__":

@@ -15,13 +15,6 @@ from peers.catalogue import BUSYBOX, KERNEL
 HERE = Path(__file__).resolve().parent
 
 
-def compile_static(source: Path, target: Path) -> Path:
-    """A program that runs in the guest, which has no C library, and on the host alike."""
-    warnings = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
-    subprocess.run(["gcc", *warnings, "-static", "-o", str(target), str(source)], check=True)
-    return target
-
-
 def build_initramfs(target: Path, programs: list[Path], *, init: Path = HERE / "init") -> Path:
     """An uncompressed newc archive: reading it is cheaper for TCG than unpacking it."""
     root = target.with_suffix(".root")

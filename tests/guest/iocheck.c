@@ -11,8 +11,6 @@
  *   iocheck churn   FILE SEED OFFSET LENGTH WRITERS STOP   so many processes, each in a slice of its
  *                                             own, write and verify until the file STOP exists
  *
- * What a byte should be is a function of seed and position, so that a block at the wrong place, an
- * older one, or one of another run never passes, and any reader can check with the seed alone.
  * Ends with "OK ..." and 0, or with the first difference and 1.
  */
 #define _GNU_SOURCE		/* O_DIRECT */
@@ -28,25 +26,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define SECTOR 512ULL
-#define PIECE_MAX (1ULL << 20)
+#include "pattern.h"
+
+#define EXPONENTS 12		/* pieces of 512 << 0 to 512 << 11 bytes */
+#define PIECE_MAX (SECTOR << (EXPONENTS - 1))
 #define BLOCK 4096ULL		/* what churn counts generations of */
-
-static uint64_t mix(uint64_t x)
-{
-	x += 0x9e3779b97f4a7c15ULL;
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-	return x ^ (x >> 31);
-}
-
-static uint64_t random_state;
-
-static uint64_t random_below(uint64_t limit)
-{
-	random_state = mix(random_state);
-	return random_state % limit;
-}
 
 static void fail(const char *what, uint64_t at)
 {
@@ -81,30 +65,6 @@ static unsigned char *shifted(unsigned char *base)
 	return base + random_below(BLOCK / SECTOR) * SECTOR;
 }
 
-static void fill(void *buffer, uint64_t seed, uint64_t offset, uint64_t length)
-{
-	uint64_t *word = buffer;
-
-	for (uint64_t i = 0; i < length / 8; i++)
-		word[i] = mix(seed ^ (offset + i * 8));
-}
-
-static void check(const void *buffer, uint64_t seed, uint64_t offset, uint64_t length)
-{
-	const uint64_t *word = buffer;
-
-	for (uint64_t i = 0; i < length / 8; i++) {
-		uint64_t want = mix(seed ^ (offset + i * 8));
-
-		if (word[i] != want) {
-			printf("FAIL byte %llu: is %016llx, should be %016llx\n",
-			       (unsigned long long)(offset + i * 8), (unsigned long long)word[i],
-			       (unsigned long long)want);
-			exit(1);
-		}
-	}
-}
-
 static void write_all(int fd, const void *buffer, uint64_t length, uint64_t offset)
 {
 	ssize_t n = pwrite(fd, buffer, length, offset);
@@ -121,21 +81,12 @@ static void read_all(int fd, void *buffer, uint64_t length, uint64_t offset)
 		fail("read", offset);
 }
 
-/* As many small pieces as large ones: the size's exponent is uniform, not the size. */
-static uint64_t piece_length(uint64_t left)
-{
-	uint64_t length = SECTOR << random_below(12);
-
-	length -= random_below(length / SECTOR) / 2 * SECTOR;
-	return length < left ? length : left;
-}
-
 static void verify(int fd, uint64_t seed, uint64_t offset, uint64_t length)
 {
 	unsigned char *base = buffer_new();
 
 	for (uint64_t done = 0; done < length;) {
-		uint64_t n = piece_length(length - done);
+		uint64_t n = piece_length(length - done, EXPONENTS);
 		unsigned char *p = shifted(base);
 
 		read_all(fd, p, n, offset + done);
@@ -155,7 +106,7 @@ static void write_shuffled(int fd, uint64_t seed, uint64_t offset, uint64_t leng
 		fail("calloc", 0);
 	for (uint64_t done = 0; done < length; count++) {
 		piece[count].offset = offset + done;
-		piece[count].length = piece_length(length - done);
+		piece[count].length = piece_length(length - done, EXPONENTS);
 		done += piece[count].length;
 	}
 	for (uint64_t i = count; i-- > 0;) {
@@ -179,16 +130,10 @@ static void verify_zero(int fd, uint64_t offset, uint64_t length)
 	unsigned char *base = buffer_new();
 
 	for (uint64_t done = 0; done < length;) {
-		uint64_t n = piece_length(length - done);
+		uint64_t n = piece_length(length - done, EXPONENTS);
 
 		read_all(fd, base, n, offset + done);
-		for (uint64_t i = 0; i < n; i++) {
-			if (base[i]) {
-				printf("FAIL byte %llu is not zero\n",
-				       (unsigned long long)(offset + done + i));
-				exit(1);
-			}
-		}
+		check_zero(base, offset + done, n);
 		done += n;
 	}
 	free(base);

@@ -34,7 +34,13 @@ class Output:
 
 
 def vhost_user_blk(
-    path: Path, *, queues: int = 1, packed: bool = False, queue_size: int = 128, reconnect_ms: int = 0, name: str = "disk"
+    path: Path,
+    *,
+    queues: int = 1,
+    packed: bool = False,
+    queue_size: int = 128,
+    reconnect_ms: int = 0,
+    name: str = "disk",
 ) -> list[str]:
     reconnect = f",reconnect-ms={reconnect_ms}" if reconnect_ms else ""
     ring = f",packed={'on' if packed else 'off'},queue-size={queue_size},num-queues={queues}"
@@ -81,9 +87,12 @@ class Guest:
         ]
         with self._stderr.open("wb") as log:
             self._process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 pass_fds=(command.fileno(), qmp.fileno()),
-            )  # fmt: skip
+            )
         command.close()
         qmp.close()
         self._monitor = monitor
@@ -123,11 +132,11 @@ class Guest:
 
     def reset(self) -> None:
         """The machine's reset button; returns when the guest is up again."""
-        self.qmp.command("set-action", reboot="reset")
+        self.qmp.command("set-action", {"reboot": "reset"})
         self.qmp.command("system_reset")
         self.qmp.wait_event("RESET")
         self._until_ready()
-        self.qmp.command("set-action", reboot="shutdown")
+        self.qmp.command("set-action", {"reboot": "shutdown"})
 
     def log(self) -> str:
         """The ends of the kernel's console and of QEMU's messages, for people."""

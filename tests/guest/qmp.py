@@ -10,7 +10,7 @@ import json
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Event = dict[str, Any]
@@ -30,8 +30,10 @@ class Qmp:
             raise QmpError(f"no greeting but {greeting}")
         self.command("qmp_capabilities")
 
-    def command(self, execute: str, *, timeout: float = 30, **arguments: Any) -> Any:
-        request = {"execute": execute, "arguments": arguments}
+    def command(
+        self, execute: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 30
+    ) -> Any:
+        request = {"execute": execute, "arguments": arguments or {}}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         deadline = time.monotonic() + timeout
         while True:

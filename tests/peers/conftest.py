@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Fixtures of the tests against real programs. Which program a test needs, its fixtures require."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from guest.image import build_initramfs
+from guest.machine import Guest
+from peers import programs
+from peers.support import require
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture(scope="session")
+def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="session")
+def iocheck(build_folder: Path) -> Path:
+    require("gcc")
+    return programs.iocheck(build_folder)
+
+
+@pytest.fixture(scope="session")
+def blkio_verify(build_folder: Path) -> Path:
+    require("gcc", "libblkio")
+    return programs.blkio_verify(build_folder)
+
+
+@pytest.fixture(scope="session")
+def blkio_bench(build_folder: Path) -> Path:
+    require("gcc", "libblkio")
+    return programs.blkio_bench(build_folder)
+
+
+@pytest.fixture(scope="session")
+def initramfs(build_folder: Path, iocheck: Path) -> Path:
+    require("busybox", "cpio", "kernel")
+    return build_initramfs(build_folder / "initramfs.cpio", [iocheck])
+
+
+@pytest.fixture(scope="module")
+def boot(initramfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boot]:
+    """Boot guests on devices of ``guest.machine``; they are killed at the end of the module."""
+    require("qemu")
+    with ExitStack() as stack:
+
+        def start(devices: Sequence[str], *, cpus: int = 1) -> Guest:
+            return stack.enter_context(Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), cpus=cpus))
+
+        yield start
