@@ -77,9 +77,9 @@ struct virtqueue_config {
 struct vq_slot { /* per head (split) or buffer id (packed) */
 	uint32_t in_len;
 	uint32_t written;
-	uint16_t ndesc; /* 0: not out */
-	uint16_t order; /* position in `order`, with in_order */
-	bool done;      /* filled, waiting for older ones (in_order) */
+	uint32_t seq;	/* of its pop: tells unpop whether it is the newest */
+	uint16_t ndesc; /* ring slots; 0: not out */
+	bool done;	/* filled, waiting for its elders (in_order) */
 };
 
 struct virtqueue {
@@ -97,26 +97,28 @@ struct virtqueue {
 	};
 	uint32_t num;
 	bool is_packed, indirect, event_idx, in_order;
-	/* All indices: split free-running 16 bits, packed position plus wrap counter. */
+	/* Split: free-running 16-bit indices. Packed: positions, each with its wrap counter. */
 	uint16_t last_avail;   /* next to pop */
 	uint16_t shadow_avail; /* split: avail.idx as last read */
 	uint16_t used;	       /* next to publish */
-	uint16_t staged;       /* used, plus what fill() wrote and flush() has not published */
-	uint16_t signalled;    /* used at the last decision to notify */
-	bool signalled_valid;
+	uint16_t staged;       /* next to fill: `used` plus what flush() has not published */
 	bool avail_wrap, used_wrap, staged_wrap;
 	bool notify_off;       /* the driver was asked not to kick */
-	uint32_t inuse;	       /* ring slots popped and not yet published */
+	bool signalled_valid;  /* false until the first decision: a predecessor may owe a signal */
+	uint16_t first_flags;  /* packed: flags of the first staged element, written by flush */
+	uint32_t inuse;	       /* ring slots popped and not yet published; never more than num */
+	uint32_t staged_slots; /* of these, filled but not published */
+	uint32_t unsignalled;  /* used entries (packed: slots) published since the last decision */
+	uint32_t pops;	       /* seq of the next pop */
 	struct vq_slot *slots; /* num */
-	uint16_t *order;       /* num ids in the order of their pops (in_order) */
-	uint16_t order_head, order_tail;
+	uint16_t *order;       /* in_order: circle of num ids, popped and not yet staged */
+	uint32_t order_head, order_count;
 	struct virtqueue_fault_report report;
-	/* Each implementation may add private state here, at the end. */
-	uint16_t packed_first_flags; /* packed: flags of the first staged element, written last */
-	uint16_t packed_first;
 };
 
-/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range), -ENOMEM. */
+/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range), -ENOMEM. Split:
+ * the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a predecessor
+ * left in the ring; work that is there already comes without one. */
 int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg);
 void virtqueue_destroy(struct virtqueue *vq);
 
@@ -162,7 +164,9 @@ bool virtqueue_enable_notification(struct virtqueue *vq);
 /* Is there something to pop? (A hint: checks nothing.) */
 bool virtqueue_has_work(struct virtqueue *vq);
 
-/* For GET_VRING_BASE: what a successor needs to go on after what was published. */
+/* For GET_VRING_BASE: what a successor needs to go on after what was popped and published; chains that
+ * are out are not in it, so drain first. Split: the next avail index. Packed: bits 0-14 the next avail
+ * position, bit 15 its wrap counter, bits 16-30 and 31 the same of the used side. */
 uint32_t virtqueue_base(const struct virtqueue *vq);
 
 /* ------------------------------------------------------------------ driver side */

@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * The device's side of a packed virtqueue (VIRTIO 1.2, 2.8). Knows the ring in shared memory and the
+ * device's private state; knows neither who drives it nor how anybody is signalled.
+ *
+ * Used elements are written over descriptors that were popped before: as many slots further on as
+ * their chain had descriptors (2.8.7). inuse keeps them behind what has been popped.
+ */
+#include <errno.h>
+
+#include "chain_build.h"
+#include "ring_impl.h"
+
+#define AVAIL_USED (VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED)
+
+int packed_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
+{
+	uint16_t avail = cfg->base & 0xffff, used = cfg->base >> 16;
+
+	if ((avail & 0x7fff) >= vq->num || (used & 0x7fff) >= vq->num)
+		return -EINVAL;
+	packed_set_areas(vq, &cfg->areas);
+	vq->last_avail = avail & 0x7fff;
+	vq->avail_wrap = avail >> 15;
+	vq->used = vq->staged = used & 0x7fff;
+	vq->used_wrap = vq->staged_wrap = used >> 15;
+	return 0;
+}
+
+void packed_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
+{
+	vq->packed.desc = areas->desc;
+	vq->packed.driver = areas->avail;
+	vq->packed.device = areas->used;
+}
+
+static inline void advance(const struct virtqueue *vq, uint16_t *pos, bool *wrap, uint32_t slots)
+{
+	uint32_t next = *pos + slots;
+
+	if (next >= vq->num) {
+		next -= vq->num;
+		*wrap = !*wrap;
+	}
+	*pos = (uint16_t)next;
+}
+
+/* 2.8.1: available is a slot whose AVAIL bit is the driver's wrap counter, and USED is not. */
+static inline bool is_available(uint16_t flags, bool wrap)
+{
+	return (flags & AVAIL_USED) == (wrap ? VRING_PACKED_DESC_F_AVAIL : VRING_PACKED_DESC_F_USED);
+}
+
+/* 2.8.5: the descriptors of a table lie behind each other; NEXT means nothing there. */
+static int walk_table(struct virtqueue *vq, struct vhost_chain *c, const struct raw_desc *indirect)
+{
+	uint32_t entries, limit = chain_table_limit(vq);
+
+	if (chain_check_indirect(vq, c->id, indirect->len, indirect->fourth, &entries))
+		return -1;
+	if (unlikely(entries > limit))
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, entries, limit + 1);
+	for (uint32_t i = 0; i < entries; i++) {
+		uint64_t addr = indirect->addr + (uint64_t)i * sizeof(struct vring_packed_desc);
+		struct raw_desc d;
+
+		if (unlikely(addr < indirect->addr || !fetch_table_desc(vq->mem, addr, &d)))
+			return vq_fault(vq, VQ_ADDRESS, c->id, addr, 0);
+		if (unlikely(d.fourth & VRING_DESC_F_INDIRECT))
+			return vq_fault(vq, VQ_INDIRECT_NESTED, c->id, d.fourth, 0);
+		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, d.fourth & VRING_DESC_F_WRITE)))
+			return -1;
+	}
+	return 0;
+}
+
+int packed_pop(struct virtqueue *vq, struct vhost_chain *c)
+{
+	uint16_t pos = vq->last_avail;
+	bool wrap = vq->avail_wrap;
+	/* Pairs with the driver's release of the head's flags: the whole chain is there. */
+	uint16_t flags = LOAD_ACQUIRE(vq->packed.desc[pos].flags);
+
+	if (!is_available(flags, wrap))
+		return 0;
+	chain_reset(c);
+	for (;;) {
+		struct raw_desc d = fetch_desc(&vq->packed.desc[pos]);
+
+		d.fourth = flags; /* those that were looked at, whatever they are now */
+		c->id = d.third;  /* valid in the last descriptor (2.8.6) */
+		c->ndesc++;
+		advance(vq, &pos, &wrap, 1);
+		if (flags & VRING_DESC_F_INDIRECT) {
+			if (walk_table(vq, c, &d))
+				return -1;
+			break;
+		}
+		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, flags & VRING_DESC_F_WRITE)))
+			return -1;
+		if (!(flags & VRING_DESC_F_NEXT))
+			break;
+		if (unlikely(c->ndesc == vq->num))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, vq->num + 1, vq->num + 1);
+		flags = READ_ONCE(vq->packed.desc[pos].flags);
+		if (unlikely(!is_available(flags, wrap)))
+			return vq_fault(vq, VQ_CHAIN_OPEN, c->id, pos, 0);
+	}
+	if (unlikely(c->id >= vq->num))
+		return vq_fault(vq, VQ_ID_RANGE, c->id, c->id, vq->num);
+	if (unlikely(vq->slots[c->id].ndesc))
+		return vq_fault(vq, VQ_ID_BUSY, c->id, c->id, 0);
+	if (unlikely(chain_out(vq, c) < 0))
+		return -1;
+	vq->last_avail = pos;
+	vq->avail_wrap = wrap;
+	return 1;
+}
+
+int packed_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
+{
+	unsigned done = 0;
+
+	while (done < n) {
+		int rc = packed_pop(vq, c[done]);
+
+		if (unlikely(rc < 0))
+			return done ? (int)done : -1;
+		if (!rc)
+			break;
+		done++;
+	}
+	return (int)done;
+}
+
+void packed_unpop(struct virtqueue *vq, uint16_t ndesc)
+{
+	if (vq->last_avail < ndesc) {
+		vq->last_avail += vq->num;
+		vq->avail_wrap = !vq->avail_wrap;
+	}
+	vq->last_avail -= ndesc;
+}
+
+void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
+{
+	struct vring_packed_desc *d = &vq->packed.desc[vq->staged];
+	uint16_t flags = vq->staged_wrap ? AVAIL_USED : 0;
+
+	if (written)
+		flags |= VRING_DESC_F_WRITE;
+	d->id = id;
+	d->len = written;
+	/* The driver looks at elements in order: all but the first may be marked used already. */
+	if (!vq->staged_slots)
+		vq->first_flags = flags;
+	else
+		WRITE_ONCE(d->flags, flags);
+	vq->staged_slots += ndesc;
+	advance(vq, &vq->staged, &vq->staged_wrap, ndesc);
+}
+
+void packed_flush(struct virtqueue *vq)
+{
+	if (!vq->staged_slots)
+		return;
+	/* Pairs with the driver's acquire of the flags: this element and all after it are there. */
+	STORE_RELEASE(vq->packed.desc[vq->used].flags, vq->first_flags);
+	vq->unsignalled += vq->staged_slots;
+	vq->staged_slots = 0;
+	vq->used = vq->staged;
+	vq->used_wrap = vq->staged_wrap;
+}
+
+bool packed_should_notify(struct virtqueue *vq)
+{
+	uint32_t count = vq->unsignalled;
+	union {
+		uint32_t word;
+		struct vring_packed_desc_event event;
+	} wish;
+	uint16_t off;
+
+	vq->unsignalled = 0;
+	if (unlikely(!vq->signalled_valid)) {
+		vq->signalled_valid = true;
+		return true;
+	}
+	if (!count)
+		return false;
+	/* Used flags before the driver's wish; pairs with the barrier between the driver's change of
+	 * its wish and its last look at the flags. */
+	FULL_BARRIER();
+	/* Both halves at once, so that they belong together. */
+	wish.word = __atomic_load_n((uint32_t __attribute__((may_alias)) *)vq->packed.driver,
+				    __ATOMIC_RELAXED);
+	if (wish.event.flags == VRING_PACKED_EVENT_FLAG_DISABLE)
+		return false;
+	/* DESC without EVENT_IDX, and the reserved value, suppress nothing. */
+	if (wish.event.flags != VRING_PACKED_EVENT_FLAG_DESC || !vq->event_idx || count >= vq->num)
+		return true;
+	off = wish.event.off_wrap & ~VRING_PACKED_EVENT_WRAP;
+	if ((wish.event.off_wrap >> 15) != vq->used_wrap)
+		off -= (uint16_t)vq->num;
+	return vring_need_event(off, vq->used, (uint16_t)(vq->used - count));
+}
+
+void packed_disable_notification(struct virtqueue *vq)
+{
+	WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
+}
+
+bool packed_enable_notification(struct virtqueue *vq)
+{
+	if (vq->event_idx) {
+		WRITE_ONCE(vq->packed.device->off_wrap,
+			   (uint16_t)(vq->last_avail | (vq->avail_wrap << 15)));
+		/* Pairs with the driver's acquire of the flags: off_wrap is valid. */
+		STORE_RELEASE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_DESC);
+	} else {
+		WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_ENABLE);
+	}
+	/* Our wish before the last look; pairs with the barrier between the driver's publishing and
+	 * its reading of the wish. */
+	FULL_BARRIER();
+	return packed_has_work(vq);
+}
+
+bool packed_has_work(struct virtqueue *vq)
+{
+	return is_available(READ_ONCE(vq->packed.desc[vq->last_avail].flags), vq->avail_wrap);
+}
+
+uint32_t packed_base(const struct virtqueue *vq)
+{
+	uint32_t avail = vq->last_avail | (uint32_t)vq->avail_wrap << 15;
+	uint32_t used = vq->used | (uint32_t)vq->used_wrap << 15;
+
+	return avail | used << 16;
+}

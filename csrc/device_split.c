@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * The device's side of a split virtqueue (VIRTIO 1.2, 2.7). Knows the ring in shared memory and the
+ * device's private state; knows neither who drives it nor how anybody is signalled.
+ */
+#include <errno.h>
+
+#include "chain_build.h"
+#include "ring_impl.h"
+
+static inline uint16_t *used_event(const struct virtqueue *vq)
+{
+	return &vq->split.avail->ring[vq->num];
+}
+
+static inline uint16_t *avail_event(const struct virtqueue *vq)
+{
+	return (uint16_t *)&vq->split.used->ring[vq->num];
+}
+
+int split_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
+{
+	if (cfg->base > UINT16_MAX)
+		return -EINVAL;
+	split_set_areas(vq, &cfg->areas);
+	vq->last_avail = vq->shadow_avail = (uint16_t)cfg->base;
+	vq->used = vq->staged = READ_ONCE(vq->split.used->idx);
+	return 0;
+}
+
+void split_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
+{
+	vq->split.desc = areas->desc;
+	vq->split.avail = areas->avail;
+	vq->split.used = areas->used;
+}
+
+/* Chains that are there: as last seen, or after a look if that is none. -1: broken. */
+static inline int split_available(struct virtqueue *vq)
+{
+	uint16_t ahead = vq->shadow_avail - vq->last_avail;
+
+	if (ahead)
+		return ahead;
+	/* Pairs with the driver's release of avail.idx: entries and descriptors are there. */
+	vq->shadow_avail = LOAD_ACQUIRE(vq->split.avail->idx);
+	ahead = vq->shadow_avail - vq->last_avail;
+	if (unlikely(ahead > vq->num)) {
+		vq->shadow_avail = vq->last_avail;
+		return vq_fault(vq, VQ_AVAIL_JUMP, 0, ahead, vq->num + 1);
+	}
+	return ahead;
+}
+
+/* 2.7.5.3: the descriptors of a table are linked like the ring's. */
+static int walk_table(struct virtqueue *vq, struct vhost_chain *c, const struct raw_desc *indirect)
+{
+	uint32_t entries, i = 0, limit = chain_table_limit(vq);
+
+	if (chain_check_indirect(vq, c->id, indirect->len, indirect->third, &entries))
+		return -1;
+	for (uint32_t seen = 1;; seen++) {
+		uint64_t addr = indirect->addr + (uint64_t)i * sizeof(struct vring_desc);
+		struct raw_desc d;
+
+		if (unlikely(addr < indirect->addr || !fetch_table_desc(vq->mem, addr, &d)))
+			return vq_fault(vq, VQ_ADDRESS, c->id, addr, 0);
+		if (unlikely(d.third & VRING_DESC_F_INDIRECT))
+			return vq_fault(vq, VQ_INDIRECT_NESTED, c->id, d.third, 0);
+		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, d.third & VRING_DESC_F_WRITE)))
+			return -1;
+		if (!(d.third & VRING_DESC_F_NEXT))
+			return 0;
+		i = d.fourth;
+		if (unlikely(i >= entries))
+			return vq_fault(vq, VQ_NEXT_RANGE, c->id, i, entries);
+		if (unlikely(seen == limit))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, seen + 1, limit + 1);
+	}
+}
+
+/* The chain at last_avail, which is known to be there. */
+static inline int split_take(struct virtqueue *vq, struct vhost_chain *c)
+{
+	uint16_t head = READ_ONCE(vq->split.avail->ring[vq->last_avail & (vq->num - 1)]);
+	uint32_t i = head;
+
+	if (unlikely(head >= vq->num))
+		return vq_fault(vq, VQ_HEAD_RANGE, head, head, vq->num);
+	if (unlikely(vq->slots[head].ndesc))
+		return vq_fault(vq, VQ_HEAD_BUSY, head, head, 0);
+	chain_reset(c);
+	c->id = head;
+	for (;;) {
+		struct raw_desc d = fetch_desc(&vq->split.desc[i]);
+
+		c->ndesc++;
+		if (d.third & VRING_DESC_F_INDIRECT) {
+			/* 2.7.5.3.2: it may come after direct ones, but ends the chain. */
+			if (walk_table(vq, c, &d))
+				return -1;
+			break;
+		}
+		if (unlikely(chain_add(vq, c, head, d.addr, d.len, d.third & VRING_DESC_F_WRITE)))
+			return -1;
+		if (!(d.third & VRING_DESC_F_NEXT))
+			break;
+		i = d.fourth;
+		if (unlikely(i >= vq->num))
+			return vq_fault(vq, VQ_NEXT_RANGE, head, i, vq->num);
+		if (unlikely(c->ndesc == vq->num))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, vq->num + 1, vq->num + 1);
+	}
+	if (unlikely(chain_out(vq, c) < 0))
+		return -1;
+	vq->last_avail++;
+	return 1;
+}
+
+int split_pop(struct virtqueue *vq, struct vhost_chain *c)
+{
+	int ahead = split_available(vq);
+
+	return unlikely(ahead <= 0) ? ahead : split_take(vq, c);
+}
+
+int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
+{
+	int ahead = split_available(vq);
+	unsigned done = 0;
+
+	if (ahead <= 0)
+		return ahead;
+	if (n > (unsigned)ahead)
+		n = (unsigned)ahead;
+	while (done < n) {
+		if (unlikely(split_take(vq, c[done]) < 0))
+			return done ? (int)done : -1;
+		done++;
+	}
+	return (int)done;
+}
+
+void split_unpop(struct virtqueue *vq, uint16_t ndesc)
+{
+	(void)ndesc; /* one entry of the available ring, however long the chain */
+	vq->last_avail--;
+}
+
+void split_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
+{
+	struct vring_used_elem *e = &vq->split.used->ring[vq->staged & (vq->num - 1)];
+
+	(void)ndesc;
+	e->id = id;
+	e->len = written;
+	vq->staged++;
+}
+
+void split_flush(struct virtqueue *vq)
+{
+	uint32_t count = (uint16_t)(vq->staged - vq->used);
+
+	if (!count)
+		return;
+	vq->unsignalled += count;
+	vq->used = vq->staged;
+	/* Pairs with the driver's acquire of used.idx: the elements, and the data, are there. */
+	STORE_RELEASE(vq->split.used->idx, vq->used);
+}
+
+bool split_should_notify(struct virtqueue *vq)
+{
+	uint32_t count = vq->unsignalled;
+
+	vq->unsignalled = 0;
+	if (unlikely(!vq->signalled_valid)) {
+		vq->signalled_valid = true;
+		return true;
+	}
+	if (!count)
+		return false;
+	/* used.idx before the driver's wish; pairs with the barrier between the driver's change of
+	 * its wish and its last look at used.idx. */
+	FULL_BARRIER();
+	if (!vq->event_idx)
+		return !(READ_ONCE(vq->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+	/* 2.7.7.2; all 65536 events have passed where a count does not fit into 16 bits. */
+	return count > UINT16_MAX ||
+	       vring_need_event(READ_ONCE(*used_event(vq)), vq->used, (uint16_t)(vq->used - count));
+}
+
+void split_disable_notification(struct virtqueue *vq)
+{
+	/* With EVENT_IDX an event index that stays behind suppresses kicks by itself (2.7.10). */
+	if (!vq->event_idx)
+		WRITE_ONCE(vq->split.used->flags, VRING_USED_F_NO_NOTIFY);
+}
+
+bool split_enable_notification(struct virtqueue *vq)
+{
+	if (vq->event_idx)
+		WRITE_ONCE(*avail_event(vq), vq->last_avail);
+	else
+		WRITE_ONCE(vq->split.used->flags, 0);
+	/* Our wish before the last look at avail.idx; pairs with the barrier between the driver's
+	 * publishing and its reading of the wish. */
+	FULL_BARRIER();
+	return split_has_work(vq);
+}
+
+bool split_has_work(struct virtqueue *vq)
+{
+	return vq->shadow_avail != vq->last_avail ||
+	       READ_ONCE(vq->split.avail->idx) != vq->last_avail;
+}
+
+uint32_t split_base(const struct virtqueue *vq)
+{
+	return vq->last_avail;
+}

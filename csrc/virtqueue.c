@@ -1,0 +1,273 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * What split and packed rings have in common: life, faults, the order of completions, and the choice
+ * between the two. A queue that is broken stops here, before it reaches either.
+ */
+#include "virtqueue.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ring_impl.h"
+
+#define FORMAT(q, call) ((q)->is_packed ? packed_##call : split_##call)
+
+static const char *const fault_text[VQ_FAULTS] = {
+	[VQ_OK] = "no fault",
+	[VQ_AVAIL_JUMP] = "available index ran ahead of the ring",
+	[VQ_HEAD_RANGE] = "available head is outside the descriptor table",
+	[VQ_HEAD_BUSY] = "head was made available again before it was used",
+	[VQ_NEXT_RANGE] = "next descriptor is outside its table",
+	[VQ_CHAIN_TOO_LONG] = "descriptor chain is longer than the ring allows, or loops",
+	[VQ_CHAIN_OPEN] = "descriptor chain goes on in a slot that is not available",
+	[VQ_ADDRESS] = "buffer is outside guest memory",
+	[VQ_LENGTH_ZERO] = "buffer has length 0",
+	[VQ_LENGTH_TOTAL] = "descriptor chain has 2^32 bytes or more",
+	[VQ_TOO_MANY_PIECES] = "descriptor chain is scattered over too many pieces of memory",
+	[VQ_WRITE_BEFORE_READ] = "device-readable buffer after a device-writable one",
+	[VQ_INDIRECT_DISABLED] = "indirect descriptor, but the feature was not negotiated",
+	[VQ_INDIRECT_NESTED] = "indirect descriptor inside an indirect table",
+	[VQ_INDIRECT_NEXT] = "indirect descriptor with a next one",
+	[VQ_INDIRECT_LENGTH] = "indirect table has no length, or no multiple of 16",
+	[VQ_ID_RANGE] = "buffer id is outside the ring",
+	[VQ_ID_BUSY] = "buffer id is still in use",
+	[VQ_USED_ID] = "used element names a buffer that the device does not have",
+	[VQ_USED_JUMP] = "used index ran ahead of what the device has",
+	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
+	[VQ_REQUEST_HEADER] = "request is shorter than its header",
+	[VQ_REQUEST_STATUS] = "request has no room for its status",
+};
+
+const char *virtqueue_fault_text(enum virtqueue_fault fault)
+{
+	return (unsigned)fault < VQ_FAULTS && fault_text[fault] ? fault_text[fault] : "unknown fault";
+}
+
+/* 2.7 and 2.8: split rings have a power of two of descriptors, packed ones any number. */
+static bool valid_num(uint32_t num, bool packed)
+{
+	if (packed)
+		return num && num <= VRING_PACKED_NUM_MAX;
+	return num && num <= VRING_SPLIT_NUM_MAX && !(num & (num - 1));
+}
+
+/* ------------------------------------------------------------------ device side */
+
+int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
+{
+	int rc;
+
+	memset(vq, 0, sizeof(*vq));
+	if (!valid_num(cfg->num, cfg->packed))
+		return -EINVAL;
+	vq->mem = cfg->mem;
+	vq->num = cfg->num;
+	vq->is_packed = cfg->packed;
+	vq->indirect = cfg->indirect;
+	vq->event_idx = cfg->event_idx;
+	vq->in_order = cfg->in_order;
+	rc = FORMAT(vq, init)(vq, cfg);
+	if (rc)
+		return rc;
+	vq->slots = calloc(vq->num, sizeof(*vq->slots));
+	if (vq->in_order)
+		vq->order = calloc(vq->num, sizeof(*vq->order));
+	if (!vq->slots || (vq->in_order && !vq->order)) {
+		virtqueue_destroy(vq);
+		return -ENOMEM;
+	}
+	virtqueue_enable_notification(vq);
+	return 0;
+}
+
+void virtqueue_destroy(struct virtqueue *vq)
+{
+	free(vq->slots);
+	free(vq->order);
+	vq->slots = NULL;
+	vq->order = NULL;
+}
+
+void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
+			  const struct virtqueue_areas *areas)
+{
+	vq->mem = mem;
+	FORMAT(vq, set_areas)(vq, areas);
+}
+
+int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
+{
+	if (unlikely(vq->report.fault))
+		return -1;
+	return FORMAT(vq, pop)(vq, c);
+}
+
+int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
+{
+	if (unlikely(vq->report.fault))
+		return -1;
+	return FORMAT(vq, pop_batch)(vq, c, n);
+}
+
+int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
+{
+	struct vq_slot *slot = &vq->slots[c->id];
+
+	if (c->id >= vq->num || !slot->ndesc || slot->done || slot->seq != vq->pops - 1)
+		return -EINVAL;
+	FORMAT(vq, unpop)(vq, slot->ndesc);
+	vq->inuse -= slot->ndesc;
+	vq->pops--;
+	slot->ndesc = 0;
+	if (vq->in_order)
+		vq->order_count--;
+	return 0;
+}
+
+static inline void stage(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	struct vq_slot *slot = &vq->slots[id];
+	uint16_t ndesc = slot->ndesc;
+
+	slot->ndesc = 0;
+	vq->inuse -= ndesc;
+	FORMAT(vq, stage)(vq, id, written, ndesc);
+}
+
+int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	struct vq_slot *slot = &vq->slots[id];
+
+	if (unlikely(id >= vq->num || !slot->ndesc || slot->done))
+		return -EINVAL;
+	if (unlikely(written > slot->in_len))
+		return -ERANGE;
+	if (likely(!vq->in_order)) {
+		stage(vq, id, written);
+		return 0;
+	}
+	/* 2.7.9: used in the order in which they were made available. */
+	slot->written = written;
+	slot->done = true;
+	while (vq->order_count) {
+		uint16_t oldest = vq->order[vq->order_head];
+
+		if (!vq->slots[oldest].done)
+			break;
+		vq->order_head = vq->order_head + 1 < vq->num ? vq->order_head + 1 : 0;
+		vq->order_count--;
+		stage(vq, oldest, vq->slots[oldest].written);
+	}
+	return 0;
+}
+
+void virtqueue_flush(struct virtqueue *vq)
+{
+	FORMAT(vq, flush)(vq);
+}
+
+bool virtqueue_should_notify(struct virtqueue *vq)
+{
+	return FORMAT(vq, should_notify)(vq);
+}
+
+void virtqueue_disable_notification(struct virtqueue *vq)
+{
+	vq->notify_off = true;
+	FORMAT(vq, disable_notification)(vq);
+}
+
+bool virtqueue_enable_notification(struct virtqueue *vq)
+{
+	vq->notify_off = false;
+	return FORMAT(vq, enable_notification)(vq);
+}
+
+bool virtqueue_has_work(struct virtqueue *vq)
+{
+	return !vq->report.fault && FORMAT(vq, has_work)(vq);
+}
+
+uint32_t virtqueue_base(const struct virtqueue *vq)
+{
+	return FORMAT(vq, base)(vq);
+}
+
+/* ------------------------------------------------------------------ driver side */
+
+int driver_queue_init(struct driver_queue *dq, const struct driver_config *cfg)
+{
+	int rc;
+
+	memset(dq, 0, sizeof(*dq));
+	if (!valid_num(cfg->num, cfg->packed))
+		return -EINVAL;
+	dq->num = dq->num_free = cfg->num;
+	dq->is_packed = cfg->packed;
+	dq->event_idx = cfg->event_idx;
+	dq->in_order = cfg->in_order;
+	if (cfg->indirect) {
+		dq->indirect = cfg->indirect;
+		dq->indirect_addr = cfg->indirect_addr;
+		dq->indirect_max = cfg->indirect_max;
+	}
+	dq->slots = calloc(dq->num, sizeof(*dq->slots));
+	if (!dq->slots)
+		return -ENOMEM;
+	rc = FORMAT(dq, driver_init)(dq, cfg);
+	if (rc)
+		driver_queue_destroy(dq);
+	return rc;
+}
+
+void driver_queue_destroy(struct driver_queue *dq)
+{
+	free(dq->slots);
+	dq->slots = NULL;
+}
+
+uint32_t driver_queue_base(const struct driver_queue *dq)
+{
+	return FORMAT(dq, driver_base)(dq);
+}
+
+int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out,
+		  unsigned in, uint64_t token)
+{
+	struct virtqueue_request req = { bufs, out, in, token };
+
+	return FORMAT(dq, add)(dq, &req);
+}
+
+int virtqueue_add_batch(struct driver_queue *dq, const struct virtqueue_request *reqs, unsigned n)
+{
+	return FORMAT(dq, add_batch)(dq, reqs, n);
+}
+
+bool virtqueue_kick_prepare(struct driver_queue *dq)
+{
+	return FORMAT(dq, kick_prepare)(dq);
+}
+
+int virtqueue_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
+{
+	if (unlikely(dq->report.fault))
+		return -1;
+	return FORMAT(dq, get_buf)(dq, token, written);
+}
+
+void virtqueue_disable_cb(struct driver_queue *dq)
+{
+	FORMAT(dq, disable_cb)(dq);
+}
+
+bool virtqueue_enable_cb(struct driver_queue *dq)
+{
+	return FORMAT(dq, enable_cb)(dq);
+}
+
+bool virtqueue_more_used(struct driver_queue *dq)
+{
+	return FORMAT(dq, more_used)(dq);
+}
