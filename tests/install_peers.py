@@ -207,36 +207,33 @@ def install_contrib_blk(apt: Apt) -> None:
     folder = CACHE / "qemu-source"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    apt("source", "--download-only", f"qemu/{apt.qemu_suite}", cwd=folder)
+    apt("source", "--download-only", "--tar-only", f"qemu/{apt.qemu_suite}", cwd=folder)
     (tarball,) = folder.glob("qemu_*.orig.tar.*")
-    wanted = ("contrib/vhost-user-blk/", "subprojects/libvhost-user/", "include/standard-headers/")
+    wanted = (
+        "contrib/vhost-user-blk/",
+        "subprojects/libvhost-user/",
+        "include/standard-headers/",
+        "include/qemu/",
+    )
     with tarfile.open(tarball) as archive:
         for member in archive:
-            inside = member.name.split("/", 1)[-1]
-            if member.isfile() and inside.startswith(wanted):
-                member.name = inside
-                archive.extract(member, folder)
-    tarball.unlink()
+            member.name = member.name.split("/", 1)[-1]
+            if member.name.startswith(wanted):
+                archive.extract(member, folder, filter="data")
     CONTRIB_BLK.parent.mkdir(exist_ok=True)
-    shim = REPOSITORY / "tests" / "peers" / "qemu-shim"
-    sources = ["contrib/vhost-user-blk/vhost-user-blk.c", "subprojects/libvhost-user/libvhost-user.c"]
-    sources.append("subprojects/libvhost-user/libvhost-user-glib.c")
-    flags = run("pkg-config", "--cflags", "--libs", "glib-2.0").split()
-    includes = [f"-I{shim}", f"-I{folder}/include", f"-I{folder}/subprojects/libvhost-user"]
+    library = folder / "subprojects" / "libvhost-user"
+    includes = [REPOSITORY / "tests" / "peers" / "qemu_shim", library]
+    sources = [
+        folder / "contrib" / "vhost-user-blk" / "vhost-user-blk.c",
+        library / "libvhost-user.c",
+        library / "libvhost-user-glib.c",
+    ]
     run(
-        "gcc",
-        "-O2",
-        "-D_GNU_SOURCE",
-        "-w",
-        *includes,
-        f"-I{folder}/include/standard-headers",
-        f"-I{folder}/subprojects",
-        "-o",
-        str(CONTRIB_BLK),
-        *sources,
-        *flags,
+        *("gcc", "-O2", "-D_GNU_SOURCE", "-w"),
+        *(f"-I{path}" for path in includes),
+        *("-o", str(CONTRIB_BLK), *map(str, sources)),
+        *run("pkg-config", "--cflags", "--libs", "glib-2.0").split(),
         "-lpthread",
-        cwd=folder,
     )
     shutil.rmtree(folder)
 
