@@ -49,7 +49,6 @@ def shared_maps() -> Counter[str]:
 
 
 def holdings() -> Holdings:
-    gc.collect()
     tasks = os.listdir("/proc/self/task")  # noqa: PTH208
     return Holdings(open_fds(), shared_maps(), frozenset(tasks))
 
@@ -57,8 +56,11 @@ def holdings() -> Holdings:
 @contextmanager
 def no_leaks() -> Iterator[None]:
     """Nothing that the block opened, mapped or started outlives it."""
+    gc.collect()  # so that older garbage does not go away in the meantime
     before = holdings()
     yield
+    if holdings() - before:
+        gc.collect()
     # The kernel may list a thread for an instant after it was joined.
     deadline = time.monotonic() + 5
     while holdings().threads - before.threads and time.monotonic() < deadline:

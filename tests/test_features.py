@@ -21,8 +21,8 @@ from vhost.features import (
 
 PROTOCOL_FEATURES = """
     MQ LOG_SHMFD RARP REPLY_ACK MTU BACKEND_REQ CROSS_ENDIAN CRYPTO_SESSION PAGEFAULT
-    CONFIG     BACKEND_SEND_FD HOST_NOTIFIER INFLIGHT_SHMFD RESET_DEVICE INBAND_NOTIFICATIONS CONFIGURE_MEM_SLOTS STATUS
-    XEN_MMAP SHARED_OBJECT DEVICE_STATE GET_VRING_BASE_INFLIGHT GPA_ADDRESSES SHMEM_MAP""".split()  # noqa: SIM905
+    CONFIG BACKEND_SEND_FD HOST_NOTIFIER INFLIGHT_SHMFD RESET_DEVICE INBAND_NOTIFICATIONS CONFIGURE_MEM_SLOTS
+    STATUS XEN_MMAP SHARED_OBJECT DEVICE_STATE GET_VRING_BASE_INFLIGHT GPA_ADDRESSES SHMEM_MAP""".split()  # noqa: SIM905
 
 
 def test_protocol_features_are_bits_0_to_22_in_order() -> None:
@@ -77,6 +77,12 @@ def test_names_are_in_order_and_unknown_bits_are_numbers() -> None:
 def test_the_first_enum_names_a_bit_that_two_know() -> None:
     assert feature_names(1 << 12, BlkF, NetF) == ["MQ"]
     assert feature_names(1 << 12, NetF, BlkF) == ["HOST_TSO6"]
+
+
+def test_complement_keeps_the_bits_of_other_enums() -> None:
+    value = VirtioF.VERSION_1 | VhostF.LOG_ALL | BlkF.FLUSH | 1 << 63
+    assert value & ~VhostF.LOG_ALL == (1 << 32) | (1 << 9) | (1 << 63)
+    assert value & ~VirtioF.VERSION_1 & ~BlkF.FLUSH == (1 << 26) | (1 << 63)
 
 
 def test_device_ids() -> None:

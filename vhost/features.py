@@ -9,8 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
+from typing import TypeVar
+
+_F = TypeVar("_F", bound=type[IntFlag])
 
 
+def _plain_complement(flags: _F) -> _F:
+    """IntFlag's own complement knows the bits of its members only, so that ``features & ~VhostF.LOG_ALL``
+    would drop every bit which another enum, or none, has a name for. Enum replaces an inherited
+    ``__invert__``, hence a decorator."""
+    flags.__invert__ = lambda self: ~int(self)  # type: ignore[method-assign, assignment, return-value]
+    return flags
+
+
+@_plain_complement
 class VirtioF(IntFlag):
     """Device-independent features (VIRTIO chapter 6)."""
 
@@ -32,6 +44,7 @@ class VirtioF(IntFlag):
     IOMMU_PLATFORM = ACCESS_PLATFORM  # the name that the vhost-user text still uses
 
 
+@_plain_complement
 class VhostF(IntFlag):
     """Bits of the same word that belong to vhost, not to the driver."""
 
@@ -39,12 +52,14 @@ class VhostF(IntFlag):
     PROTOCOL_FEATURES = 1 << 30
 
 
+@_plain_complement
 class VringF(IntFlag):
     """Flags of SET_VRING_ADDR."""
 
     LOG = 1 << 0
 
 
+@_plain_complement
 class ProtocolF(IntFlag):
     """vhost-user protocol features (vhost-user, "Protocol features")."""
 
@@ -78,6 +93,7 @@ class ProtocolF(IntFlag):
     SHMEM = SHMEM_MAP
 
 
+@_plain_complement
 class Status(IntFlag):
     """Device status (VIRTIO 2.1)."""
 
@@ -142,6 +158,7 @@ class DeviceId(IntEnum):
     BLK = BLOCK
 
 
+@_plain_complement
 class BlkF(IntFlag):
     """Block device (VIRTIO 5.2.3)."""
 
@@ -164,6 +181,7 @@ class BlkF(IntFlag):
     WCE = FLUSH
 
 
+@_plain_complement
 class NetF(IntFlag):
     """Network device (VIRTIO 5.1.3)."""
 

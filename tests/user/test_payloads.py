@@ -8,8 +8,8 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from user.wire import SAMPLES, STRATEGIES
 
+from user.wire import SAMPLES, STRATEGIES
 from vhost.errors import InvalidMessage
 from vhost.user import payloads as p
 

@@ -466,9 +466,12 @@ class CryptoSession(Payload):
     setup: bytes
     session_id: int = 0
 
-    def pack(self) -> bytes:
+    def __post_init__(self) -> None:
         if len(self.setup) > self.SETUP:
             raise ValueError(f"CryptoSession: setup of {len(self.setup)} bytes, must be at most {self.SETUP}")
+        object.__setattr__(self, "setup", self.setup.ljust(self.SETUP, b"\0"))
+
+    def pack(self) -> bytes:
         return self.FORMAT.pack(self.op_code, self.setup, self.session_id)
 
     @classmethod

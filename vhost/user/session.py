@@ -51,6 +51,9 @@ from vhost.user.spec import (
     close_fds,
 )
 
+_XEN_MMAP = int(ProtocolF.XEN_MMAP)
+_REPLY_ACK = int(ProtocolF.REPLY_ACK)
+
 Trace = Callable[[str, Message | Outgoing], None]
 """Called with "recv" or "send" and the message."""
 
@@ -160,6 +163,11 @@ class Session:
         self.closed = True
         self._drop_fds()
 
+    @property
+    def _xen(self) -> bool:
+        """Regions have the Xen layout."""
+        return bool(int(self.protocol_features) & _XEN_MMAP)
+
     def _check_open(self) -> None:
         if self.closed:
             raise InvalidState("session was closed")
@@ -206,7 +214,6 @@ class Session:
         if flags & VERSION_MASK != VERSION:
             text = f"header flags {flags:#x}: version {flags & VERSION_MASK}, must be {VERSION}"
             raise InvalidMessage(text, request=spec.name)
-        xen = bool(self.protocol_features & ProtocolF.XEN_MMAP)
         if self.requester:
             if not flags & REPLY_FLAG:
                 raise InvalidMessage(
@@ -218,12 +225,12 @@ class Session:
             if expected.spec.id != number:
                 raise InvalidMessage(f"reply to {spec.name}, expected one to {expected.spec.name}")
             own_reply = expected.own_reply
-            limit = spec.max_size(True, xen=xen) if own_reply else U64.MAX_SIZE
+            limit = spec.max_size(True, xen=self._xen) if own_reply else U64.MAX_SIZE
         else:
             if flags & REPLY_FLAG:
                 raise InvalidMessage(f"header flags {flags:#x}: REPLY on a request", request=spec.name)
             own_reply = spec.replies(self.protocol_features, self.postcopy)
-            limit = spec.max_size(False, xen=xen) if known else Opaque.MAX_SIZE
+            limit = spec.max_size(False, xen=self._xen) if known else Opaque.MAX_SIZE
         if size > limit:
             raise OversizedMessage(f"payload size {size}, limit {limit}", request=spec.name)
         self._target = size
@@ -231,10 +238,9 @@ class Session:
 
     def _read_reply(self, spec: Spec, own_reply: bool, data: bytes) -> Message:
         self._outstanding.popleft()
-        xen = bool(self.protocol_features & ProtocolF.XEN_MMAP)
         payload: Payload
         try:
-            payload = spec.decode(data, reply=True, xen=xen) if own_reply else U64.unpack(data)
+            payload = spec.decode(data, reply=True, xen=self._xen) if own_reply else U64.unpack(data)
         except InvalidMessage as error:
             raise InvalidMessage(f"reply: {error.text}", request=spec.name) from None
         if own_reply:
@@ -263,8 +269,7 @@ class Session:
                 f"{spec.feature_name} was not negotiated", request=spec.name, message=message
             )
         try:
-            xen = bool(self.protocol_features & ProtocolF.XEN_MMAP)
-            message.payload = payload = spec.decode(data, xen=xen)
+            message.payload = payload = spec.decode(data, xen=self._xen)
         except InvalidMessage as error:
             message.payload = Opaque(data)
             raise InvalidMessage(error.text, request=spec.name, message=message) from None
@@ -296,12 +301,11 @@ class Session:
             raise ValueError(f"message {number} is unknown")
         if not spec.active(self.features, self.protocol_features, self.offered_protocol_features):
             raise InactiveFeature(f"{spec.feature_name} was not negotiated", request=spec.name)
-        xen = bool(self.protocol_features & ProtocolF.XEN_MMAP)
-        self._check_outgoing(spec, payload, fds, reply=False, xen=xen)
+        self._check_outgoing(spec, payload, fds, reply=False)
         own_reply = spec.replies(self.protocol_features, self.postcopy)
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
-            need_reply = not own_reply and bool(self.protocol_features & ProtocolF.REPLY_ACK)
+            need_reply = not own_reply and bool(int(self.protocol_features) & _REPLY_ACK)
         data = frame(spec.id, payload.pack(), need_reply=need_reply)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
@@ -317,8 +321,7 @@ class Session:
             raise ValueError(f"{spec.name} has no reply payload here, use ack()")
         if message.answered:
             raise ValueError(f"{spec.name} was answered before")
-        xen = bool(self.protocol_features & ProtocolF.XEN_MMAP)
-        self._check_outgoing(spec, payload, fds, reply=True, xen=xen)
+        self._check_outgoing(spec, payload, fds, reply=True)
         outgoing = Outgoing(
             frame(spec.id, payload.pack(), reply=True), tuple(fds), False, spec, payload, is_reply=True
         )
@@ -351,10 +354,8 @@ class Session:
             self.trace("send", outgoing)
         return outgoing
 
-    def _check_outgoing(
-        self, spec: Spec, payload: Payload, fds: Sequence[int], *, reply: bool, xen: bool
-    ) -> None:
-        types = spec.payload_types(reply, xen=xen)
+    def _check_outgoing(self, spec: Spec, payload: Payload, fds: Sequence[int], *, reply: bool) -> None:
+        types = spec.payload_types(reply, xen=self._xen)
         if not isinstance(payload, types):
             names = " or ".join(kind.__name__ for kind in types)
             raise ValueError(f"{spec.name}: payload {type(payload).__name__}, must be {names}")

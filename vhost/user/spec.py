@@ -26,6 +26,7 @@ VERSION = 1
 VERSION_MASK = 3
 REPLY_FLAG = 1 << 2
 NEED_REPLY_FLAG = 1 << 3
+_LOG_SHMFD = int(ProtocolF.LOG_SHMFD)
 MAX_FDS = 253
 """SCM_MAX_FD: what Linux lets through in one message."""
 
@@ -143,8 +144,10 @@ class Spec:
     """Flags by which a u64 is shown."""
     old_name: str | None = None
     handler: str = field(init=False)
+    feature_bit: int = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_bit", int(self.feature or 0))
         object.__setattr__(self, "handler", self.name.lower().removeprefix("backend_"))
 
     def payload_types(self, reply: bool, *, xen: bool = False) -> tuple[type[Payload], ...]:
@@ -174,15 +177,16 @@ class Spec:
         """Whether the row's feature allows the message."""
         if self.feature is None or self.gate is Gate.ADVICE:
             return True
+        # Plain integers: IntFlag remembers every combination that it ever saw, here the peer's.
         if isinstance(self.feature, (VirtioF, VhostF)):
-            return bool(features & self.feature)
-        word = protocol_features | (offered if self.gate is Gate.OFFERED else 0)
-        return bool(word & self.feature)
+            return bool(int(features) & self.feature_bit)
+        word = int(protocol_features) | (int(offered) if self.gate is Gate.OFFERED else 0)
+        return bool(word & self.feature_bit)
 
     def replies(self, protocol_features: int, postcopy: bool = False) -> bool:
         """Whether the row's own reply payload answers it, as opposed to an ack."""
         if self.policy is Policy.LOG_SHMFD:
-            return bool(protocol_features & ProtocolF.LOG_SHMFD)
+            return bool(int(protocol_features) & _LOG_SHMFD)
         return self.policy is Policy.ALWAYS or (self.policy is Policy.POSTCOPY and postcopy)
 
     @property
