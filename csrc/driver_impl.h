@@ -51,7 +51,7 @@ static inline int driver_request_slots(const struct driver_queue *dq,
 	if (unlikely(readable + writable > UINT32_MAX))
 		return -EINVAL;
 	*in_len = (uint32_t)writable;
-	if (n > 1 && n <= dq->indirect_max)
+	if (n <= dq->indirect_max)
 		n = 1;
 	return n <= dq->num_free ? (int)n : -ENOSPC;
 }

@@ -49,10 +49,6 @@ int packed_driver_init(struct driver_queue *dq, const struct driver_config *cfg)
 	dq->avail = dq->last_used = dq->oldest = pos;
 	dq->free_head = 0;
 	dq->avail_wrap = dq->used_wrap = avail & VRING_PACKED_EVENT_WRAP;
-	/* As if all had been used: this lap's slots before the position, the last lap's from there
-	 * on. For a new ring that is the zeros it starts with (2.8.13). */
-	for (uint32_t i = 0; i < dq->num; i++)
-		WRITE_ONCE(dq->packed.desc[i].flags, flags_used((i < pos) == dq->avail_wrap));
 	if (dq->event_idx) {
 		WRITE_ONCE(dq->packed.driver->off_wrap, off_wrap(dq->last_used, dq->used_wrap));
 		WRITE_ONCE(dq->packed.driver->flags, VRING_PACKED_EVENT_FLAG_DESC);
@@ -217,7 +213,7 @@ static bool look(struct driver_queue *dq)
 	/* Pairs with the release of the flags in packed_flush(): element and buffers come after
 	 * them. */
 	flags = LOAD_ACQUIRE(dq->packed.desc[dq->last_used].flags);
-	/* Where nothing is out the slot may still look used from a lap ago. */
+	/* Where nothing is out, the zeros of a ring that starts in its second lap look used. */
 	return (flags & USED_FLAGS) == flags_used(dq->used_wrap) && dq->num_free < dq->num;
 }
 

@@ -291,6 +291,7 @@ bool split_enable_cb(struct driver_queue *dq)
 
 bool split_more_used(struct driver_queue *dq)
 {
-	return dq->batch_open || dq->report.fault || dq->last_used != dq->shadow_used ||
+	/* The rest of an open batch lies before shadow_used. */
+	return dq->report.fault || dq->last_used != dq->shadow_used ||
 	       dq->last_used != READ_ONCE(dq->split.used->idx);
 }

@@ -22,6 +22,10 @@ static void test_id_range(void)
 				add_two(&r, 2);
 				dev_use_batch(&r, ids[i], 0, 1, 2);
 				expect_fault(&r, VQ_ID_RANGE, ids[i], 8);
+				if (o.packed) { /* which cannot be taken back */
+					r.pdesc[0].flags = 0;
+					expect_fault(&r, VQ_ID_RANGE, ids[i], 8);
+				}
 				rig_free(&r);
 			}
 		}
@@ -82,6 +86,8 @@ static void test_used_jump(void)
 					expect_buf(&r, i, 0);
 				expect_none(&r);
 				r.used->idx--; /* and never backwards */
+				expect_fault(&r, VQ_USED_JUMP, 0xffff, out - jump + 1);
+				r.used->idx++; /* which cannot be taken back */
 				expect_fault(&r, VQ_USED_JUMP, 0xffff, out - jump + 1);
 			} else {
 				expect_fault(&r, VQ_USED_JUMP, jump, out + 1);

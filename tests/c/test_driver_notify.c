@@ -77,6 +77,28 @@ static void test_kick_event(void)
 	}
 }
 
+/* A batch is published at once and asked for at once: any of its elements counts. */
+static void test_kick_batch(void)
+{
+	const struct virtqueue_request req = { two, 1, 1, 7 }, reqs[3] = { req, req, req };
+	struct options o = { .event_idx = true };
+
+	for (unsigned packed = 0; packed < 2; packed++) {
+		for (uint64_t at = 0; at < 9; at++) {
+			struct rig r;
+
+			o.packed = packed;
+			o.num = packed ? 9 : 8;
+			set_context(&o);
+			rig_init(&r, &o);
+			dev_ask(&r, at);
+			CHECK_EQ(virtqueue_add_batch(&r.dq, reqs, 3), 3);
+			CHECK_EQ(virtqueue_kick_prepare(&r.dq), at < (packed ? 6 : 3));
+			rig_free(&r);
+		}
+	}
+}
+
 static void test_kick_flags(void)
 {
 	struct options o = { .num = 8 };
@@ -203,6 +225,7 @@ static void test_callbacks(void)
 int main(void)
 {
 	RUN(test_kick_event);
+	RUN(test_kick_batch);
 	RUN(test_kick_flags);
 	RUN(test_callbacks);
 	return 0;
