@@ -8,11 +8,11 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 
-import fds as holdings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fds as holdings
 from user.wire import SAMPLES, descriptors, is_open, right_number
 from vhost.errors import (
     Disconnected,
