@@ -4,13 +4,18 @@
  */
 #include "driver_rig.h"
 
+static void set_avail_event(struct rig *r, uint16_t event)
+{
+	memcpy(&r->used->ring[r->num], &event, sizeof(event));
+}
+
 static void dev_ask(struct rig *r, uint64_t at)
 {
 	if (r->packed) {
 		r->device->off_wrap = at % r->num | ((at / r->num) & 1 ? 0 : 0x8000);
 		r->device->flags = VRING_PACKED_EVENT_FLAG_DESC;
 	} else {
-		*(uint16_t *)&r->used->ring[r->num] = (uint16_t)at;
+		set_avail_event(r, (uint16_t)at);
 	}
 }
 
@@ -110,7 +115,7 @@ static void test_kick_flags(void)
 		set_context(&o);
 		rig_init(&r, &o);
 		r.used->flags = VRING_USED_F_NO_NOTIFY;
-		*(uint16_t *)&r.used->ring[8] = event_idx ? 0 : 5;
+		set_avail_event(&r, event_idx ? 0 : 5);
 		add_two(&r, 1);
 		/* EVENT_IDX ignores the flag, and without it the index is ignored (2.7.10.1). */
 		CHECK_EQ(virtqueue_kick_prepare(&r.dq), event_idx);
