@@ -6,6 +6,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wextra"]
 if os.environ.get("PYVHOST_WERROR"):
@@ -29,12 +30,19 @@ CORE = [
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
+class BuildExt(build_ext):
+    """`setup.py build_ext` alone, too, builds the C core that the extensions are linked to."""
+
+    def run(self) -> None:
+        self.run_command("build_clib")
+        super().run()
+
+
 def extension(name: str, *sources: str) -> Extension:
     return Extension(
         name,
         [name.replace(".", "/") + ".pyx", *sources],
         include_dirs=["csrc"],
-        libraries=["vhostcore"],
         depends=HEADERS,
         extra_compile_args=CFLAGS + WARNINGS + GENERATED,
         extra_link_args=["-pthread"],
@@ -42,6 +50,7 @@ def extension(name: str, *sources: str) -> Extension:
 
 
 setup(
+    cmdclass={"build_ext": BuildExt},
     libraries=[
         (
             "vhostcore",
@@ -56,7 +65,10 @@ setup(
     ext_modules=cythonize(
         [
             extension("vhost.memory"),
-            extension("vhost.virtqueue"),
+            extension("vhost.chain"),
+            extension("vhost._ring"),
+            extension("vhost.device_queue"),
+            extension("vhost.driver_queue"),
             extension("vhost.devices._blk_engine", "csrc/engine_blk.c"),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},

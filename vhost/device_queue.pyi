@@ -113,6 +113,9 @@ class DeviceQueue:
     def broken(self) -> str | None:
         """Why nothing more is processed, or None."""
 
+    def mark_broken(self, reason: str) -> None:
+        """For a device that got a chain which is no request and cannot even be answered."""
+
     @property
     def closed(self) -> bool: ...
     def set_memory(self, memory: GuestMemory) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """A virtqueue as the driver sees it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 from vhost.memory import GuestMemory
@@ -71,7 +71,7 @@ class DriverQueue:
         """Make one chain available and return its id; BufferError while the ring is too full for it."""
 
     def add_batch(
-        self, requests: Iterable[tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]], object]]
+        self, requests: Sequence[tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]], object]]
     ) -> int:
         """Make chains available together: how many of them fitted."""
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# csrc/*.h as Cython sees them: declarations only, the comments are in the headers.
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef extern from "barrier.h" nogil:
+    int READ_ONCE(int)
+    bint likely(bint)
+    bint unlikely(bint)
+
+
+cdef extern from "guest_memory.h" nogil:
+    enum:
+        GUEST_MEMORY_MAX_REGIONS
+
+    struct guest_region:
+        uint64_t guest_addr
+        uint64_t user_addr
+        uint64_t size
+        uint8_t *host
+
+    struct guest_memory:
+        uint32_t nregions
+        guest_region *by_guest
+        guest_region *by_user
+
+    int guest_memory_init(guest_memory *, const guest_region *, uint32_t, uint32_t *)
+    void guest_memory_destroy(guest_memory *)
+    const guest_region *guest_memory_search(guest_memory *, uint64_t)
+    uint8_t *guest_memory_at(guest_memory *, uint64_t, uint64_t *)
+    uint8_t *guest_memory_area(guest_memory *, uint64_t, uint64_t)
+    uint8_t *guest_memory_user_area(guest_memory *, uint64_t, uint64_t)
+    bint guest_memory_user_to_guest(guest_memory *, uint64_t, uint64_t *)
+    uint64_t guest_memory_read(guest_memory *, uint64_t, void *, uint64_t)
+    uint64_t guest_memory_write(guest_memory *, uint64_t, const void *, uint64_t)
+
+
+cdef extern from "sigbus.h" nogil:
+    int sigbus_register(void *, size_t, int *)
+    void sigbus_unregister(int)
+    int sigbus_install()
+
+
+cdef extern from "chain.h" nogil:
+    struct vhost_chain:
+        uint16_t id
+        uint16_t ndesc
+        uint32_t out_num
+        uint32_t in_num
+        uint32_t out_len
+        uint32_t in_len
+        iovec *iov
+
+    void vhost_chain_init(vhost_chain *)
+    void vhost_chain_destroy(vhost_chain *)
+
+
+cdef extern from "vring.h" nogil:
+    enum:
+        VRING_SPLIT_NUM_MAX
+        VRING_PACKED_NUM_MAX
+        VRING_DESC_ALIGN
+        VRING_SPLIT_AVAIL_ALIGN
+        VRING_SPLIT_USED_ALIGN
+        VRING_PACKED_EVENT_ALIGN
+
+    struct vring_desc:
+        pass
+
+    struct vring_used:
+        uint16_t idx
+
+    size_t vring_desc_size(uint32_t)
+    size_t vring_driver_size(uint32_t, int)
+    size_t vring_device_size(uint32_t, int)
+
+
+cdef extern from "virtqueue.h" nogil:
+    enum virtqueue_fault:
+        VQ_OK
+
+    const char *virtqueue_fault_text(virtqueue_fault)
+
+    struct virtqueue_fault_report:
+        virtqueue_fault fault
+        uint16_t head
+        uint64_t value
+        uint64_t limit
+
+    struct virtqueue_areas:
+        void *desc
+        void *avail
+        void *used
+
+    struct virtqueue_config:
+        virtqueue_areas areas
+        guest_memory *mem
+        uint32_t num
+        uint32_t base
+        bint packed
+        bint indirect
+        bint event_idx
+        bint in_order
+
+    struct virtqueue:
+        uint32_t num
+        bint is_packed
+        bint indirect
+        bint event_idx
+        bint in_order
+        bint notify_off
+        uint32_t inuse
+        virtqueue_fault_report report
+
+    int virtqueue_init(virtqueue *, const virtqueue_config *)
+    void virtqueue_destroy(virtqueue *)
+    void virtqueue_set_memory(virtqueue *, guest_memory *, const virtqueue_areas *)
+    int virtqueue_pop(virtqueue *, vhost_chain *)
+    int virtqueue_pop_batch(virtqueue *, vhost_chain **, unsigned int)
+    int virtqueue_unpop(virtqueue *, const vhost_chain *)
+    int virtqueue_fill(virtqueue *, uint16_t, uint32_t)
+    void virtqueue_flush(virtqueue *)
+    int virtqueue_push(virtqueue *, uint16_t, uint32_t)
+    bint virtqueue_should_notify(virtqueue *)
+    void virtqueue_disable_notification(virtqueue *)
+    bint virtqueue_enable_notification(virtqueue *)
+    bint virtqueue_has_work(virtqueue *)
+    uint32_t virtqueue_base(const virtqueue *)
+
+    struct virtqueue_buf:
+        uint64_t addr
+        uint32_t len
+
+    struct driver_config:
+        virtqueue_areas areas
+        uint32_t num
+        uint32_t base
+        bint packed
+        bint event_idx
+        bint in_order
+        vring_desc *indirect
+        uint64_t indirect_addr
+        uint32_t indirect_max
+
+    struct driver_queue:
+        uint32_t num
+        bint is_packed
+        bint event_idx
+        bint in_order
+        bint cb_off
+        uint32_t num_free
+        virtqueue_fault_report report
+
+    int driver_queue_init(driver_queue *, const driver_config *)
+    void driver_queue_destroy(driver_queue *)
+    uint32_t driver_queue_base(const driver_queue *)
+    int virtqueue_add(driver_queue *, const virtqueue_buf *, unsigned int, unsigned int, uint64_t)
+
+    struct virtqueue_request:
+        const virtqueue_buf *bufs
+        # `in` is a keyword of Cython
+        unsigned int out_ "out"
+        unsigned int in_ "in"
+        uint64_t token
+
+    int virtqueue_add_batch(driver_queue *, const virtqueue_request *, unsigned int)
+    bint virtqueue_kick_prepare(driver_queue *)
+    int virtqueue_get_buf(driver_queue *, uint64_t *, uint32_t *)
+    void virtqueue_disable_cb(driver_queue *)
+    bint virtqueue_enable_cb(driver_queue *)
+    bint virtqueue_more_used(driver_queue *)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+from libc.stdint cimport uint32_t, uint64_t
+
+from vhost._core cimport iovec, vhost_chain
+from vhost.memory cimport GuestMemory
+
+
+cdef class Buffer:
+    cdef char *data
+    cdef Py_ssize_t size
+    cdef bint is_readonly
+    cdef GuestMemory memory  # keeps `data` mapped
+
+
+cdef struct cursor:
+    uint32_t piece  # of the iovecs of its kind
+    size_t offset   # in that piece
+
+
+cdef class Chain:
+    cdef vhost_chain c
+    cdef GuestMemory memory  # keeps what c.iov points at mapped
+    cdef uint64_t queue      # serial number of the queue that popped it ...
+    cdef bint out            # ... and has not got it back
+    cdef int found_busy      # see DeviceQueue's pool
+    cdef readonly uint32_t written
+    cdef uint32_t consumed   # bytes behind `reader`
+    cdef cursor reader
+    cdef cursor writer
+    cdef tuple readable_buffers  # made when first asked for, or None
+    cdef tuple writable_buffers
+
+    cdef int must_be_out(self) except -1
+    cdef int check(self, bint writable, Py_ssize_t offset, Py_ssize_t size) except -1
+    cdef tuple buffers(self, bint writable, Py_ssize_t offset, Py_ssize_t size)
+
+
+cdef inline void chain_start(Chain chain, uint64_t queue) noexcept:
+    # A chain was just popped into chain.c, which may have held an earlier one.
+    chain.queue = queue
+    chain.out = True
+    chain.written = chain.consumed = 0
+    chain.reader.piece = chain.writer.piece = 0
+    chain.reader.offset = chain.writer.offset = 0
+    chain.found_busy = 0
+    if chain.readable_buffers is not None:
+        chain.readable_buffers = None
+    if chain.writable_buffers is not None:
+        chain.writable_buffers = None

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What a device takes off a queue: a chain of buffers in guest memory.
+
+Knows memory, not rings: addresses were checked and translated when the chain was popped. The guest
+may write to what is read here at any time, so every byte is copied once.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_INCREF
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memmove
+
+from vhost._core cimport iovec, likely, vhost_chain_destroy, vhost_chain_init
+from vhost.memory cimport GuestMemory
+
+from vhost.errors import InvalidQueue
+
+__all__ = ["Buffer", "Chain"]
+
+
+cdef void copy(iovec *iov, cursor *at, char *ours, size_t left, bint to_chain) noexcept nogil:
+    # Moves the cursor over `left` bytes, which the caller knows to be there, and copies them. `ours`
+    # may be the same guest memory: a handler can copy from one view to another.
+    cdef size_t n
+    cdef char *theirs
+    while left:
+        n = min(left, iov[at.piece].iov_len - at.offset)
+        theirs = <char *>iov[at.piece].iov_base + at.offset
+        if to_chain:
+            memmove(theirs, ours, n)
+        else:
+            memmove(ours, theirs, n)
+        ours += n
+        left -= n
+        at.offset += n
+        if at.offset == iov[at.piece].iov_len:
+            at.offset = 0
+            at.piece += 1
+
+
+cdef cursor seek(iovec *iov, size_t offset) noexcept nogil:
+    # To `offset`, which the caller knows to be inside, or at the end of, the pieces.
+    cdef cursor at
+    at.piece = 0
+    while offset and offset >= iov[at.piece].iov_len:
+        offset -= iov[at.piece].iov_len
+        at.piece += 1
+    at.offset = offset
+    return at
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(64)
+cdef class Buffer:
+    def __init__(self):
+        raise TypeError("buffers come from a Chain")
+
+    @property
+    def readonly(self):
+        return self.is_readonly
+
+    @property
+    def address(self):
+        return <uint64_t>self.data
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, self.size, self.is_readonly, flags)
+
+    def __repr__(self):
+        return f"<Buffer of {self.size} {'readable' if self.is_readonly else 'writable'} bytes>"
+
+
+cdef Buffer new_buffer(Chain chain, iovec *piece, size_t offset, size_t size, bint writable):
+    cdef Buffer buffer = Buffer.__new__(Buffer)
+    buffer.data = <char *>piece.iov_base + offset
+    buffer.size = size
+    buffer.is_readonly = not writable
+    buffer.memory = chain.memory
+    return buffer
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class Chain:
+    def __cinit__(self):
+        vhost_chain_init(&self.c)
+
+    def __init__(self):
+        raise TypeError("chains come from a DeviceQueue")
+
+    def __dealloc__(self):
+        vhost_chain_destroy(&self.c)
+
+    @property
+    def id(self):
+        return self.c.id
+
+    @property
+    def readable_len(self):
+        return self.c.out_len
+
+    @property
+    def writable_len(self):
+        return self.c.in_len
+
+    @property
+    def readable(self):
+        if self.readable_buffers is None:
+            self.readable_buffers = self.buffers(False, 0, -1)
+        return self.readable_buffers
+
+    @property
+    def writable(self):
+        if self.writable_buffers is None:
+            self.writable_buffers = self.buffers(True, 0, -1)
+        return self.writable_buffers
+
+    def readable_part(self, Py_ssize_t offset, Py_ssize_t size=-1):
+        return self.buffers(False, offset, size)
+
+    def writable_part(self, Py_ssize_t offset, Py_ssize_t size=-1):
+        return self.buffers(True, offset, size)
+
+    cdef tuple buffers(self, bint writable, Py_ssize_t offset, Py_ssize_t size):
+        cdef Py_ssize_t total = self.c.in_len if writable else self.c.out_len
+        cdef iovec *iov = self.c.iov + (self.c.out_num if writable else 0)
+        cdef cursor at
+        cdef uint32_t i, count = 0
+        cdef size_t left, n, first
+        cdef Buffer buffer
+        cdef tuple result
+
+        if size == -1 and 0 <= offset <= total:
+            size = total - offset
+        self.check(writable, offset, size)
+        at = seek(iov, offset)
+        left = size
+        first = at.offset
+        while left:
+            n = min(left, iov[at.piece + count].iov_len - first)
+            left -= n
+            first = 0
+            count += 1
+        result = PyTuple_New(count)
+        left = size
+        first = at.offset
+        for i in range(count):
+            n = min(left, iov[at.piece + i].iov_len - first)
+            buffer = new_buffer(self, &iov[at.piece + i], first, n, writable)
+            Py_INCREF(buffer)  # SET_ITEM takes one over
+            PyTuple_SET_ITEM(result, i, buffer)
+            left -= n
+            first = 0
+        return result
+
+    cdef int check(self, bint writable, Py_ssize_t offset, Py_ssize_t size) except -1:
+        cdef Py_ssize_t total = self.c.in_len if writable else self.c.out_len
+        if not 0 <= offset <= total or not 0 <= size <= total - offset:
+            kind = "writable" if writable else "readable"
+            raise ValueError(
+                f"chain {self.c.id}: {size} bytes at {offset} are not within its {total} {kind} bytes"
+            )
+        return 0
+
+    cdef int must_be_out(self) except -1:
+        if not self.out:
+            raise InvalidQueue(f"chain {self.c.id} was given back to its queue")
+        return 0
+
+    def read(self, Py_ssize_t n=-1):
+        cdef size_t left = self.c.out_len - self.consumed
+        if n < 0 or <size_t>n > left:
+            n = left
+        data = PyBytes_FromStringAndSize(NULL, n)
+        copy(self.c.iov, &self.reader, PyBytes_AS_STRING(data), n, False)
+        self.consumed += <uint32_t>n
+        return data
+
+    def readinto(self, buffer):
+        cdef Py_buffer view
+        cdef size_t n
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            n = min(<size_t>view.len, self.c.out_len - self.consumed)
+            copy(self.c.iov, &self.reader, <char *>view.buf, n, False)
+            self.consumed += <uint32_t>n
+        finally:
+            PyBuffer_Release(&view)
+        return n
+
+    def write(self, data):
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.must_be_out()
+            if <size_t>view.len > self.c.in_len - self.written:
+                raise ValueError(
+                    f"chain {self.c.id}: {view.len} bytes do not fit into the"
+                    f" {self.c.in_len - self.written} that are left of {self.c.in_len}"
+                )
+            copy(self.c.iov + self.c.out_num, &self.writer, <char *>view.buf, view.len, True)
+            self.written += <uint32_t>view.len
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def read_at(self, Py_ssize_t offset, Py_ssize_t n):
+        cdef cursor at
+        self.check(False, offset, n)
+        data = PyBytes_FromStringAndSize(NULL, n)
+        at = seek(self.c.iov, offset)
+        copy(self.c.iov, &at, PyBytes_AS_STRING(data), n, False)
+        return data
+
+    def write_at(self, Py_ssize_t offset, data):
+        cdef iovec *iov = self.c.iov + self.c.out_num
+        cdef Py_buffer view
+        cdef cursor at
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.must_be_out()
+            self.check(True, offset, view.len)
+            at = seek(iov, offset)
+            copy(iov, &at, <char *>view.buf, view.len, True)
+        finally:
+            PyBuffer_Release(&view)
+
+    def __repr__(self):
+        return (
+            f"<Chain {self.c.id}: {self.c.out_len} readable bytes in {self.c.out_num} pieces,"
+            f" {self.c.in_len} writable in {self.c.in_num}>"
+        )

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+from cpython.object cimport PyObject
+from libc.stdint cimport uint32_t, uint64_t
+
+from vhost._core cimport virtqueue, vring_used
+from vhost.chain cimport Chain
+from vhost.memory cimport GuestMemory
+
+
+cdef class DeviceQueue:
+    # For engines that serve a queue without the GIL: while one does, nothing else may use the queue.
+    cdef virtqueue vq
+
+    cdef readonly GuestMemory memory
+    cdef readonly str name
+    cdef readonly uint32_t index
+    cdef readonly bint closed
+    cdef public int kick
+    cdef public int call
+    cdef public int err
+    cdef uint32_t most  # chains that one drain serves
+    cdef uint64_t[3] addrs
+    cdef bint user_addresses
+    cdef bint ready
+    cdef uint64_t serial
+    cdef int draining
+    cdef str reason  # why it is broken, once somebody has asked
+
+    # Chain objects to be used again, the oldest first; see front().
+    cdef PyObject **pool
+    cdef uint32_t pool_mask
+    cdef uint32_t pool_head
+    cdef uint32_t pool_count
+
+    cdef PyObject *front(self) except NULL
+    cdef PyObject *renew(self) except NULL
+    cdef Chain accept(self)
+    cdef void keep(self, Chain chain) noexcept
+    cdef void empty_pool(self) noexcept
+    cdef int must_be_open(self) except -1
+    cdef int must_work(self) except -1
+    cdef int check_memory(self) except -1
+    cdef int fail(self) except -1
+    cdef int look_broken(self) except -1
+    cdef int give(self, Chain chain, object written) except -1
+    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff
+    cdef int tell_driver(self) except -1

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A virtqueue as the device sees it: the Python face of csrc/device_*.c.
+
+Knows rings and memory; knows neither devices nor how kicks arrive.
+"""
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from vhost._core cimport *
+from vhost._ring cimport check_num, fault_reason, find_areas, signal
+from vhost.chain cimport Chain, chain_start
+from vhost.memory cimport GuestMemory
+
+from vhost.errors import InvalidQueue, QueueBroken
+
+__all__ = ["DeviceQueue"]
+
+cdef enum:
+    POOL_MAX = 256  # chain objects kept; a handler has no more at a time, unless it waits for a disk
+    BUDGET = 256
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject *)
+
+cdef uint64_t last_serial = 0
+
+
+@cython.final
+@cython.no_gc
+cdef class DeviceQueue:
+    def __cinit__(
+        self,
+        GuestMemory memory not None,
+        int64_t num,
+        uint64_t desc,
+        uint64_t avail,
+        uint64_t used,
+        *,
+        bint packed=False,
+        bint indirect=True,
+        bint event_idx=False,
+        bint in_order=False,
+        base=None,
+        bint user_addresses=False,
+        int kick=-1,
+        int call=-1,
+        int err=-1,
+        uint32_t index=0,
+        str name not None="queue",
+    ):
+        global last_serial
+        cdef virtqueue_config cfg
+        cdef uint32_t slots = 2
+
+        self.memory = memory
+        self.name = name
+        self.index = index
+        self.kick = kick
+        self.call = call
+        self.err = err
+        self.most = BUDGET
+        self.addrs[0] = desc
+        self.addrs[1] = avail
+        self.addrs[2] = used
+        self.user_addresses = user_addresses
+        last_serial += 1
+        self.serial = last_serial
+
+        check_num(name, num, packed)
+        find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
+        cfg.mem = memory.c
+        cfg.num = num
+        cfg.packed = packed
+        cfg.indirect = indirect
+        cfg.event_idx = event_idx
+        cfg.in_order = in_order
+        cfg.base = self.choose_base(base, packed, <vring_used *>cfg.areas.used)
+        rc = virtqueue_init(&self.vq, &cfg)
+        if rc == -ENOMEM:
+            raise MemoryError
+        if rc:
+            raise InvalidQueue(f"{name}: base {cfg.base:#x} is none for a ring of {num}")
+        self.ready = True
+
+        # Room for one more than a batch that is out, rounded up.
+        while slots < min(num, POOL_MAX) + 1:
+            slots *= 2
+        self.pool = <PyObject **>calloc(slots, sizeof(PyObject *))
+        if self.pool == NULL:
+            raise MemoryError
+        self.pool_mask = slots - 1
+
+    def __dealloc__(self):
+        if self.pool != NULL:
+            self.empty_pool()
+            free(self.pool)
+        if self.ready:
+            virtqueue_destroy(&self.vq)
+
+    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff:
+        if base is None:
+            # Nobody said, as old front-ends do: what was published is where it goes on.
+            return 0x80008000 if packed else READ_ONCE(used.idx)
+        if not 0 <= base <= (0xffffffff if packed else 0xffff):
+            raise InvalidQueue(f"{self.name}: base {base:#x} does not fit its {32 if packed else 16} bits")
+        if packed and base <= 0xffff:
+            # Some front-ends know one position only, which then is both of them. (As a pair of
+            # positions it would be a full ring in flight at best.)
+            return base | base << 16
+        return base
+
+    @property
+    def num(self):
+        return self.vq.num
+
+    @property
+    def packed(self):
+        return self.vq.is_packed
+
+    @property
+    def indirect(self):
+        return self.vq.indirect
+
+    @property
+    def event_idx(self):
+        return self.vq.event_idx
+
+    @property
+    def in_order(self):
+        return self.vq.in_order
+
+    @property
+    def base(self):
+        return virtqueue_base(&self.vq)
+
+    @property
+    def in_flight(self):
+        return self.vq.inuse
+
+    @property
+    def budget(self):
+        return self.most
+
+    @budget.setter
+    def budget(self, uint32_t chains):
+        if not chains:
+            raise ValueError("budget 0: a loop serves at least 1 chain")
+        self.most = chains
+
+    # ------------------------------------------------------------------ chain objects
+
+    # A chain object is used again once nobody else holds it. Given-back ones queue up, so that the
+    # oldest, which is the likeliest to be free, comes first: a loop needs two objects, a loop over
+    # batches two batches of them. All of them hold self.memory.
+
+    cdef PyObject *front(self) except NULL:
+        # The pool's first object, borrowed, and free.
+        cdef PyObject *chain
+        if self.pool_count:
+            chain = self.pool[self.pool_head & self.pool_mask]
+            if Py_REFCNT(chain) == 1:
+                return chain
+        return self.renew()
+
+    cdef PyObject *renew(self) except NULL:
+        cdef Chain chain
+        cdef PyObject *first
+        if self.pool_count > 1:
+            # One more try; an object that is found busy again and again was taken for good.
+            chain = <Chain>self.pool[self.pool_head & self.pool_mask]
+            self.pool_head += 1
+            self.pool_count -= 1
+            Py_DECREF(chain)
+            chain.found_busy += 1
+            if chain.found_busy < 4:
+                self.keep(chain)
+            first = self.pool[self.pool_head & self.pool_mask]
+            if Py_REFCNT(first) == 1:
+                return first
+        chain = Chain.__new__(Chain)
+        chain.memory = self.memory
+        if self.pool_count > self.pool_mask:
+            Py_DECREF(<Chain>self.pool[self.pool_head & self.pool_mask])
+            self.pool_head += 1
+            self.pool_count -= 1
+        Py_INCREF(chain)
+        self.pool_head -= 1
+        self.pool_count += 1
+        self.pool[self.pool_head & self.pool_mask] = <PyObject *>chain
+        return <PyObject *>chain
+
+    cdef Chain accept(self):
+        # A chain was popped into the pool's first object.
+        cdef Chain chain = <Chain>self.pool[self.pool_head & self.pool_mask]
+        self.pool_head += 1
+        self.pool_count -= 1
+        Py_DECREF(chain)
+        chain_start(chain, self.serial)
+        return chain
+
+    cdef void keep(self, Chain chain) noexcept:
+        if chain.memory is self.memory and self.pool_count <= self.pool_mask:
+            Py_INCREF(chain)
+            self.pool[(self.pool_head + self.pool_count) & self.pool_mask] = <PyObject *>chain
+            self.pool_count += 1
+
+    cdef void empty_pool(self) noexcept:
+        while self.pool_count:
+            Py_DECREF(<Chain>self.pool[self.pool_head & self.pool_mask])
+            self.pool_head += 1
+            self.pool_count -= 1
+
+    # ------------------------------------------------------------------ from the driver
+
+    def __iter__(self):
+        cdef Drain drain
+        self.must_work()
+        drain = Drain.__new__(Drain)
+        drain.queue = self
+        drain.left = self.most
+        drain.rearm = not self.vq.notify_off
+        if drain.rearm:
+            virtqueue_disable_notification(&self.vq)
+        self.draining += 1
+        return drain
+
+    def pop(self):
+        cdef PyObject *chain
+        cdef int rc
+        self.must_work()
+        chain = self.front()
+        rc = virtqueue_pop(&self.vq, &(<Chain>chain).c)
+        if rc > 0:
+            return self.accept()
+        if rc < 0:
+            self.fail()
+        self.check_memory()
+        return None
+
+    def pop_batch(self, uint32_t n=32):
+        cdef (vhost_chain *)[64] chains
+        cdef PyObject *chain
+        cdef uint32_t ready
+        cdef int i, got
+        cdef list batch = []
+        self.must_work()
+        while n:
+            self.front()
+            ready = 0
+            while ready < min(n, min(self.pool_count, 64u)):
+                chain = self.pool[(self.pool_head + ready) & self.pool_mask]
+                if Py_REFCNT(chain) != 1:
+                    break
+                chains[ready] = &(<Chain>chain).c
+                ready += 1
+            got = virtqueue_pop_batch(&self.vq, chains, ready)
+            if got < 0:
+                if batch:
+                    break  # a fault is sticky: these first, then the next call says it
+                self.fail()
+            for i in range(got):
+                batch.append(self.accept())
+            if <uint32_t>got < ready:
+                break
+            n -= ready
+        if not batch:
+            self.check_memory()
+        return batch
+
+    def unpop(self, Chain chain not None):
+        self.must_be_open()
+        if chain.queue != self.serial or not chain.out or virtqueue_unpop(&self.vq, &chain.c):
+            raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
+        chain.out = False
+        self.keep(chain)
+
+    # ------------------------------------------------------------------ to the driver
+
+    cdef int give(self, Chain chain, object written) except -1:
+        cdef int64_t n
+        cdef int rc
+        if chain.queue != self.serial:
+            raise InvalidQueue(f"{self.name}: chain {chain.c.id} was popped from another queue")
+        if written is None:
+            n = chain.written
+        else:
+            n = written
+        self.must_be_open()
+        chain.must_be_out()
+        if not 0 <= n <= chain.c.in_len:
+            raise ValueError(
+                f"{self.name}: chain {chain.c.id}: {n} bytes written, but only {chain.c.in_len} are writable"
+            )
+        rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>n)
+        if rc:
+            raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
+        chain.out = False
+        self.keep(chain)
+        return 0
+
+    def push(self, Chain chain not None, written=None):
+        self.give(chain, written)
+        virtqueue_flush(&self.vq)
+        if not self.draining:
+            self.tell_driver()
+
+    def push_batch(self, chains, written=None):
+        cdef list batch = chains if type(chains) is list else list(chains)
+        cdef Py_ssize_t i
+        cdef list lengths = None
+        if written is not None:
+            lengths = written if type(written) is list else list(written)
+            if len(lengths) != len(batch):
+                raise ValueError(f"{self.name}: {len(batch)} chains, but {len(lengths)} lengths")
+        try:
+            for i in range(len(batch)):
+                self.give(<Chain?>batch[i], None if lengths is None else lengths[i])
+        finally:
+            # Those before one that was refused are given back.
+            if not self.closed:
+                virtqueue_flush(&self.vq)
+                if not self.draining:
+                    self.tell_driver()
+
+    def fill(self, Chain chain not None, written=None):
+        self.give(chain, written)
+
+    def flush(self):
+        self.must_be_open()
+        virtqueue_flush(&self.vq)
+
+    def should_notify(self):
+        self.must_be_open()
+        return virtqueue_should_notify(&self.vq)
+
+    def notify(self):
+        self.must_be_open()
+        return bool(self.tell_driver())
+
+    cdef int tell_driver(self) except -1:
+        if not virtqueue_should_notify(&self.vq):
+            return 0
+        signal(self.call)
+        return 1
+
+    # ------------------------------------------------------------------ kicks
+
+    def enable_notification(self):
+        self.must_be_open()
+        return virtqueue_enable_notification(&self.vq)
+
+    def disable_notification(self):
+        self.must_be_open()
+        virtqueue_disable_notification(&self.vq)
+
+    def has_work(self):
+        return not self.closed and self.reason is None and not self.vq.report.fault and virtqueue_has_work(&self.vq)
+
+    # ------------------------------------------------------------------ the queue's life
+
+    def set_memory(self, GuestMemory memory not None):
+        cdef virtqueue_areas areas
+        self.must_be_open()
+        find_areas(
+            self.name, memory, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
+        )
+        virtqueue_set_memory(&self.vq, memory.c, &areas)
+        self.memory = memory
+        self.empty_pool()
+
+    def close(self):
+        self.closed = True
+        self.empty_pool()
+
+    cdef int must_be_open(self) except -1:
+        if self.closed:
+            raise InvalidQueue(f"{self.name}: closed")
+        return 0
+
+    cdef int must_work(self) except -1:
+        self.must_be_open()
+        if self.reason is not None:
+            raise QueueBroken(self.name, self.reason)
+        return 0
+
+    @property
+    def broken(self):
+        self.look_broken()
+        return self.reason
+
+    def mark_broken(self, str reason not None):
+        if self.reason is None:
+            self.reason = reason
+            signal(self.err)
+
+    cdef int check_memory(self) except -1:
+        # Memory whose file went away reads as zeros, and an empty ring is what that looks like.
+        if self.memory.nwatched and self.memory.has_broken():
+            self.fail()
+        return 0
+
+    cdef int look_broken(self) except -1:
+        # Engines and the rings leave a report; whoever sees it first makes it public.
+        if self.reason is None:
+            if self.memory.has_broken():
+                self.mark_broken("a memory region's file was truncated")
+            elif self.vq.report.fault:
+                self.reason = fault_reason(&self.vq.report)
+                signal(self.err)
+        return 0
+
+    cdef int fail(self) except -1:
+        self.look_broken()
+        raise QueueBroken(self.name, self.reason)
+
+    def __repr__(self):
+        kind = "packed" if self.vq.is_packed else "split"
+        return f"<DeviceQueue {self.name} ({self.index}): {kind}, {self.vq.num} slots>"
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class Drain:
+    """One run of ``for chain in queue``. However the loop ends, the end of this object ends the drain."""
+
+    cdef DeviceQueue queue
+    cdef uint32_t left
+    cdef bint rearm
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef DeviceQueue queue = self.queue
+        cdef PyObject *chain
+        cdef int rc
+        if queue is None:
+            raise StopIteration
+        queue.must_work()
+        while self.left:
+            self.left -= 1
+            chain = queue.front()
+            rc = virtqueue_pop(&queue.vq, &(<Chain>chain).c)
+            if rc > 0:
+                return queue.accept()
+            if rc < 0:
+                queue.fail()
+            queue.check_memory()
+            # Empty, but what comes between this look and the re-arming makes no kick: look again. That
+            # counts as a chain, lest an index that flickers keep us here.
+            if not self.rearm or not virtqueue_enable_notification(&queue.vq):
+                break
+            virtqueue_disable_notification(&queue.vq)
+        self.finish(True)
+        raise StopIteration
+
+    cdef int finish(self, bint again) except -1:
+        cdef DeviceQueue queue = self.queue
+        self.queue = None
+        queue.draining -= 1
+        if queue.closed:
+            return 0
+        if self.rearm and queue.reason is None and virtqueue_enable_notification(&queue.vq) and again:
+            # The budget is spent, and for what is left no kick will come.
+            signal(queue.kick)
+        if not queue.draining:
+            queue.tell_driver()
+        return 0
+
+    cdef void abandon(self) noexcept:
+        self.finish(False)
+
+    def __dealloc__(self):
+        if self.queue is not None:
+            self.abandon()

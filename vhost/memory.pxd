@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+from libc.stdint cimport uint8_t, uint64_t
+
+from vhost._core cimport guest_memory
+
+
+cdef class Region:
+    cdef readonly uint64_t guest_addr
+    cdef readonly uint64_t user_addr
+    cdef readonly uint64_t size
+    cdef readonly uint64_t mmap_offset
+    cdef readonly int fd
+    cdef uint8_t *host  # of the first byte; `map` is where its page begins
+    cdef void *map
+    cdef size_t map_size
+    cdef int sigbus_handle
+    cdef int is_broken  # written by the SIGBUS handler
+
+    cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page) except -1
+
+
+cdef class GuestMemory:
+    cdef readonly tuple regions
+    cdef tuple by_guest  # as in `c`
+    cdef guest_memory *c  # for whoever holds this object; valid as long as it lives
+    cdef guest_memory table
+    cdef const int **watched  # flags of those regions whose file can still shrink
+    cdef Py_ssize_t nwatched
+
+    cdef int watch(self) except -1
+    cdef bint has_broken(self) noexcept
+    cdef int require(self, uint64_t addr, uint64_t size) except -1
