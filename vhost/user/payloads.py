@@ -92,7 +92,7 @@ class _Fixed(Payload):
 
     def _values(self) -> tuple[Any, ...]:
         # The dataclass's fields in their order, without its ClassVars.
-        return tuple(getattr(self, name) for name in self.__match_args__)  # type: ignore[attr-defined]
+        return tuple([getattr(self, name) for name in self.__match_args__])  # type: ignore[attr-defined]
 
     def pack(self) -> bytes:
         try:

@@ -39,6 +39,7 @@ from vhost.user.spec import (
     HEADER_SIZE,
     MAX_FDS,
     NEED_REPLY_FLAG,
+    NO_FDS,
     REPLY_FLAG,
     VERSION,
     VERSION_MASK,
@@ -122,7 +123,8 @@ class Session:
     def receive(self, data: bytes, fds: Sequence[int] = (), truncated: bool = False) -> Message | None:
         """Take what was read, at most ``wanted`` bytes. The descriptors are the session's from here on,
         whatever happens. None: more is needed."""
-        self._fds += fds
+        if fds:
+            self._fds += fds
         try:
             message = self._receive(data, truncated)
         except ProtocolError as error:
@@ -179,15 +181,16 @@ class Session:
         close_fds(fds)
 
     def _receive(self, data: bytes, truncated: bool) -> Message | None:
-        self._check_open()
+        if self.closed or self._failed is not None:
+            self._check_open()
         if truncated:
             raise IncorrectFds("more descriptors than can be received (ancillary data truncated)")
         if len(self._fds) > MAX_FDS:
             # One for each fragment of a long message would exhaust the process.
             raise IncorrectFds(f"{len(self._fds)} file descriptors with one message, limit {MAX_FDS}")
-        if len(data) > self.wanted:
-            raise ValueError(f"{len(data)} bytes received, wanted at most {self.wanted}")
-        if self._data or len(data) < self._target:
+        if self._data or len(data) != self._target:
+            if len(data) > self.wanted:
+                raise ValueError(f"{len(data)} bytes received, wanted at most {self.wanted}")
             self._data += data
             if len(self._data) < self._target:
                 return None
@@ -359,7 +362,10 @@ class Session:
         if not isinstance(payload, types):
             names = " or ".join(kind.__name__ for kind in types)
             raise ValueError(f"{spec.name}: payload {type(payload).__name__}, must be {names}")
-        complaint = (spec.reply_fds if reply else spec.fds).complaint(len(fds), payload)
+        rule = spec.reply_fds if reply else spec.fds
+        if rule is NO_FDS and not fds:
+            return
+        complaint = rule.complaint(len(fds), payload)
         if complaint:
             raise ValueError(f"{spec.name}: {complaint}")
 

@@ -144,19 +144,26 @@ class Spec:
     """Flags by which a u64 is shown."""
     old_name: str | None = None
     handler: str = field(init=False)
-    feature_bit: int = field(init=False)
+    feature_bit: int = field(init=False, repr=False)
+    _types: tuple[tuple[type[Payload], ...], ...] = field(init=False, repr=False)
+    _limits: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "feature_bit", int(self.feature or 0))
-        object.__setattr__(self, "handler", self.name.lower().removeprefix("backend_"))
+        set_derived = object.__setattr__  # the dataclass is frozen
+        set_derived(self, "handler", self.name.lower().removeprefix("backend_"))
+        set_derived(self, "feature_bit", int(self.feature or 0))
+        plain = (
+            (self.request, *self.request_also),
+            (self.reply, *self.reply_also) if self.reply is not None else (),
+        )
+        types = plain + tuple(tuple(XEN_VARIANT.get(kind, kind) for kind in kinds) for kinds in plain)
+        set_derived(self, "_types", types)
+        set_derived(
+            self, "_limits", tuple(max((kind.MAX_SIZE for kind in kinds), default=0) for kinds in types)
+        )
 
     def payload_types(self, reply: bool, *, xen: bool = False) -> tuple[type[Payload], ...]:
-        first = self.request if not reply else self.reply
-        if first is None:
-            return ()
-        if xen:
-            first = XEN_VARIANT.get(first, first)
-        return (first, *(self.reply_also if reply else self.request_also))
+        return self._types[reply + 2 * xen]
 
     def decode(self, data: bytes, *, reply: bool = False, xen: bool = False) -> Payload:
         """The payload of a request or reply; InvalidMessage if none of the row's types fits."""
@@ -171,7 +178,7 @@ class Spec:
         raise InvalidMessage(f"payload size {len(data)}, must be {sizes or 'absent: it has no reply'}")
 
     def max_size(self, reply: bool, *, xen: bool = False) -> int:
-        return max((kind.MAX_SIZE for kind in self.payload_types(reply, xen=xen)), default=0)
+        return self._limits[reply + 2 * xen]
 
     def active(self, features: int, protocol_features: int, offered: int = 0) -> bool:
         """Whether the row's feature allows the message."""

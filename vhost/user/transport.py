@@ -25,8 +25,9 @@ MAX_PENDING = 64 * 1024
 
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 # No SIGPIPE: a library cannot know what it does to the process.
-_SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ class Transport:
                 # A zero-length read can bring no descriptors on a stream; close any all the same.
                 close_fds(fds)
                 session.receive_eof()
-            message = session.receive(data, fds, bool(flags & socket.MSG_CTRUNC))
+            message = session.receive(data, fds, bool(flags & _TRUNCATED))
             if message is not None:
                 return message
 
@@ -135,8 +136,10 @@ class Transport:
         return True
 
     def _write(self, data: memoryview, fds: tuple[int, ...]) -> int:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
+            if not fds:
+                return self.socket.send(data, _SEND_FLAGS)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
             return self.socket.sendmsg([data], ancillary, _SEND_FLAGS)
         except BlockingIOError:
             return 0
