@@ -76,39 +76,28 @@ class Apt:
 
     def __init__(self) -> None:
         self.root = CACHE / "apt"
-        release = codename()
-        self.qemu_suite, self.blkio_suite = EXTRA_SUITES.get(release, (release, release))
-        extra = EXTRA_SUITES.get(release, ())
-        # Whatever the root of this machine's own main archive is: its mirror has the other suites.
-        targets = run(
-            "apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"
-        ).split("\n")
-        address = next((line.split(" ", 1)[1] for line in targets if line.startswith(f"{release} ")), "")
-        if extra and not address:
-            raise SystemExit(f"peers: apt has no source for {release}; extra suites cannot be found")
-        for folder in ("sources.list.d", "preferences.d", "lists/partial", "archives/partial"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-        sources = self.root / "sources.list.d"
-        for old in sources.iterdir():
-            old.unlink()
-        for system in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")):
-            if system.suffix in (".list", ".sources") and system.exists():
-                (sources / system.name).symlink_to(system)
-        keys = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-        lines = [
-            f"Types: deb deb-src\nURIs: {address}\nSuites: {suite}\nComponents: main\nSigned-By: {keys}\n"
-            for suite in extra
-        ]
-        (sources / "pyvhost-extra.sources").write_text("\n".join(lines))
-        (self.root / "preferences.d" / "pyvhost").write_text(
-            "\n".join(f"Package: *\nPin: release n={suite}\nPin-Priority: 50\n" for suite in extra)
-        )
+        self.sources, preferences = self.root / "sources.list.d", self.root / "preferences.d"
+        for folder in (
+            self.sources,
+            preferences,
+            self.root / "lists/partial",
+            self.root / "archives/partial",
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        etc = Path("/etc/apt")
+        for file in (etc / "sources.list", *etc.glob("sources.list.d/*")):
+            if file.suffix in (".list", ".sources") and file.exists():
+                (self.sources / file.name).symlink_to(file)
+        for file in (etc / "preferences", *etc.glob("preferences.d/*")):
+            if file.suffix in ("", ".pref") and file.exists():
+                (preferences / file.name).symlink_to(file)
         config = self.root / "apt.conf"
         config.write_text(
             'Dir::Etc::SourceList "/dev/null";\n'
-            f'Dir::Etc::SourceParts "{sources}";\n'
+            f'Dir::Etc::SourceParts "{self.sources}";\n'
             'Dir::Etc::Preferences "/dev/null";\n'
-            f'Dir::Etc::PreferencesParts "{self.root}/preferences.d";\n'
+            f'Dir::Etc::PreferencesParts "{preferences}";\n'
             f'Dir::State::Lists "{self.root}/lists";\n'
             f'Dir::Cache "{self.root}";\n'
             f'Dir::Cache::Archives "{self.root}/archives";\n'
@@ -118,7 +107,31 @@ class Apt:
         )
         self.env = {**os.environ, "APT_CONFIG": str(config), "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
         say("apt-get update (lists of our own)")
-        self("update", "--error-on=any")
+        self("update")
+        release = codename()
+        self.qemu_suite, self.blkio_suite = EXTRA_SUITES.get(release, (release, release))
+        extra = EXTRA_SUITES.get(release, ())
+        if extra:
+            self._add_suites(release, extra, preferences)
+
+    def _add_suites(self, release: str, suites: Sequence[str], preferences: Path) -> None:
+        """Take more suites from wherever this machine has its own release from."""
+        targets = self("indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages")
+        addresses = [line.split(" ", 1)[1] for line in targets.splitlines() if line.startswith(f"{release} ")]
+        if not addresses:
+            raise SystemExit(f"peers: apt has no source for {release}:\n{targets}")
+        keys = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+        (self.sources / "pyvhost-extra.sources").write_text(
+            "\n".join(
+                f"Types: deb deb-src\nURIs: {addresses[0]}\nSuites: {suite}\nComponents: main\n"
+                f"Signed-By: {keys}\n"
+                for suite in suites
+            )
+        )
+        (preferences / "pyvhost").write_text(
+            "\n".join(f"Package: *\nPin: release n={suite}\nPin-Priority: 50\n" for suite in suites)
+        )
+        self("update")
 
     def __call__(self, *arguments: str, cwd: Path | None = None) -> str:
         return run("apt-get", "-q", *arguments, cwd=cwd, env=self.env)
@@ -205,10 +218,12 @@ def install_contrib_blk(apt: Apt) -> None:
         "include/qemu/",
     )
     with tarfile.open(tarball) as archive:
+        # Debian 12's Python does not know filters yet, and ignores the attribute.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
         for member in archive:
             member.name = member.name.split("/", 1)[-1]
             if member.name.startswith(wanted):
-                archive.extract(member, folder, filter="data")
+                archive.extract(member, folder)
     CONTRIB_BLK.parent.mkdir(exist_ok=True)
     library = folder / "subprojects" / "libvhost-user"
     includes = [REPOSITORY / "tests" / "peers" / "qemu_shim", library]
