@@ -69,7 +69,6 @@ setup(
             extension("vhost._ring"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
-            extension("vhost.devices._blk_engine", "csrc/engine_blk.c"),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},
     ),

@@ -3,6 +3,50 @@
 
 from __future__ import annotations
 
-from vhost.errors import VhostError
+from vhost import devices, drivers
+from vhost.chain import Chain
+from vhost.device_queue import DeviceQueue
+from vhost.devices.base import Device
+from vhost.driver_queue import DriverQueue
+from vhost.errors import (
+    DeviceBusy,
+    InvalidGuestMemory,
+    InvalidQueue,
+    IoctlError,
+    ProtocolError,
+    QueueBroken,
+    VhostError,
+)
+from vhost.features import DeviceId, ProtocolF, Status, VirtioF
+from vhost.memory import GuestMemory, Region
+from vhost.ops import VhostOps
+from vhost.user.backend import Backend
+from vhost.user.frontend import Frontend
+from vhost.user.server import Server, serve
 
-__all__ = ["VhostError"]
+__all__ = [
+    "Backend",
+    "Chain",
+    "Device",
+    "DeviceBusy",
+    "DeviceId",
+    "DeviceQueue",
+    "DriverQueue",
+    "Frontend",
+    "GuestMemory",
+    "InvalidGuestMemory",
+    "InvalidQueue",
+    "IoctlError",
+    "ProtocolError",
+    "ProtocolF",
+    "QueueBroken",
+    "Region",
+    "Server",
+    "Status",
+    "VhostError",
+    "VhostOps",
+    "VirtioF",
+    "devices",
+    "drivers",
+    "serve",
+]

@@ -129,6 +129,14 @@ class Device:
     def set_status(self, status: int) -> None:
         """The driver set the device status (to something else than 0)."""
 
+    def refresh(self) -> None:
+        """Look again at what lies behind the device: a file may have been resized. ``vhost serve`` calls
+        it on SIGHUP."""
+
+    def close(self) -> None:
+        """Let go of what lies behind the device. A server that made the device for a session calls it
+        when the session is over."""
+
     # ------------------------------------------------------------------ network devices only
 
     def set_mtu(self, mtu: int) -> None:

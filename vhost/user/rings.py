@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""One ring of a back-end's session: what the front-end said of it, and whether it runs.
+
+vhost-user, "Ring states": a ring is stopped or started, and apart from that disabled or enabled. Here
+it starts as soon as its size, addresses, memory and kick are known, which is before the first kick
+proper: work that lies in a ring which was restarted may never be kicked for. Knows no messages and no
+event loop; owns the ring's descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vhost.errors import IncorrectFds, InvalidState
+from vhost.features import VirtioF
+from vhost.memory import GuestMemory
+from vhost.user.payloads import VringAddr
+from vhost.virtqueue import DeviceQueue
+
+
+def check_event_fd(fd: int) -> None:
+    """Only an eventfd or a pipe signals events; anything else could block us, or worse. It is made
+    non-blocking, so that one that the peer filled cannot stop us."""
+    link = os.readlink(f"/proc/self/fd/{fd}")
+    if link != "anon_inode:[eventfd]" and not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        raise IncorrectFds(f"{link} is neither an eventfd nor a pipe")
+    os.set_blocking(fd, False)
+
+
+class Ring:
+    """The state of one virtqueue."""
+
+    def __init__(self, index: int, name: str) -> None:
+        self.index = index
+        self.name = name
+        self.num = 0
+        self.addr: VringAddr | None = None
+        self.base: int | None = None
+        """None: SET_VRING_BASE never came, the ring's used index says where to start."""
+        self.enabled = False
+        self.kick_known = False
+        """SET_VRING_KICK came; kick -1 then means that the device is to poll."""
+        self.kick = -1
+        self.kick_is_pipe = False
+        self.call = -1
+        self.err = -1
+        self.queue: DeviceQueue | None = None
+        """There while the ring is started."""
+        self.by_device = False
+        """The device serves it in threads of its own."""
+
+    @property
+    def started(self) -> bool:
+        return self.queue is not None
+
+    @property
+    def polled(self) -> bool:
+        """Nobody kicks, and no thread of the device looks after it."""
+        return self.started and self.enabled and self.kick < 0 and not self.by_device
+
+    def must_be_stopped(self, what: str) -> None:
+        if self.started:
+            raise InvalidState(f"ring {self.index}: {what} while the ring is started")
+
+    def can_start(self) -> bool:
+        return self.queue is None and self.kick_known and self.num > 0 and self.addr is not None
+
+    def start(self, memory: GuestMemory, features: int) -> DeviceQueue:
+        """Make the queue; InvalidQueue if what the front-end said of the ring is no ring."""
+        assert self.addr is not None
+        packed = bool(features & VirtioF.RING_PACKED)
+        self.queue = DeviceQueue(
+            memory,
+            self.num,
+            self.addr.desc,
+            self.addr.avail,
+            self.addr.used,
+            packed=packed,
+            indirect=bool(features & VirtioF.RING_INDIRECT_DESC),
+            event_idx=bool(features & VirtioF.RING_EVENT_IDX),
+            in_order=bool(features & VirtioF.IN_ORDER),
+            base=_whole_base(self.base, packed),
+            user_addresses=True,
+            kick=self.kick,
+            call=self.call,
+            err=self.err,
+            index=self.index,
+            name=f"{self.name}[{self.index}]",
+        )
+        return self.queue
+
+    def stop(self) -> int:
+        """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
+        base = self.base or 0
+        if self.queue is not None:
+            base = self.queue.base
+            self.queue.close()
+            self.queue = None
+            self.base = base
+        self.by_device = False
+        self.set_fd("kick", -1)
+        self.kick_known = False
+        return base
+
+    def set_fd(self, kind: str, fd: int) -> None:
+        """Replace the kick, call or err descriptor; the old one is closed. The queue may not be in
+        use by a thread of the device."""
+        old = getattr(self, kind)
+        setattr(self, kind, fd)
+        if self.queue is not None:
+            setattr(self.queue, kind, fd)
+        if kind == "kick":
+            self.kick_is_pipe = fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode)
+        if old >= 0:
+            os.close(old)
+
+    def close(self) -> None:
+        self.stop()
+        self.set_fd("call", -1)
+        self.set_fd("err", -1)
+
+    def reset(self) -> None:
+        """Back to the initial state."""
+        self.close()
+        self.__init__(self.index, self.name)  # type: ignore[misc]
+
+
+def _whole_base(base: int | None, packed: bool) -> int | None:
+    """Some front-ends give only the available half of a packed ring's base: the used half is then the
+    same, for nothing is out when a ring starts. For a split ring the upper half means nothing."""
+    if base is None:
+        return None
+    if not packed:
+        return base & 0xFFFF
+    return base if base >> 16 else base | base << 16

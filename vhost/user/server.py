@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Server: any number of sessions on one socket, in one thread.
+
+Listens (or connects, with ``client=True``), and steps each session's Backend when it has something to
+do, so that a peer that is slow, silent or never reads its replies keeps nobody else waiting. Knows
+sockets and paths; knows neither messages nor rings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from vhost.devices.base import Device
+from vhost.user.backend import Backend
+
+log = logging.getLogger("vhost.server")
+
+DeviceSource = Device | Callable[[], Device]
+"""One device for all sessions, or what makes one for each."""
+
+
+class Server:
+    """Serves a device on ``path``, or on the socket ``fd`` (listening or connected).
+
+    ``client``: connect to a front-end that listens on ``path``, and again ``reconnect`` seconds after
+    a session ended or could not begin. ``max_connections``: more than that many wait to be accepted.
+    """
+
+    def __init__(
+        self,
+        device: DeviceSource,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        fd: int | None = None,
+        client: bool = False,
+        max_connections: int = 64,
+        reconnect: float = 0.5,
+    ) -> None:
+        if (path is None) == (fd is None):
+            raise ValueError("one of path and fd is needed")
+        if client and path is None:
+            raise ValueError("a client needs a path to connect to")
+        self._device = device
+        self.path = "" if path is None else os.fspath(path)
+        self.client = client
+        self.max_connections = max_connections
+        self.reconnect = reconnect
+        self.backends: dict[int, Backend] = {}
+        """The sessions, by the descriptor that each is polled by."""
+        self.closed = False
+        self._epoll = select.epoll()
+        self._listener: socket.socket | None = None
+        self._accepting = False
+        self._inode: tuple[int, int] | None = None
+        self._next_try = time.monotonic()
+        try:
+            if client:
+                self._connect()
+            elif fd is not None:
+                self._adopt(socket.socket(fileno=fd))
+            else:
+                self._listen()
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds after which ``step()`` is due even if ``fileno()`` is not readable; None: never.
+        Only a client that waits to connect again has one."""
+        if self.closed or not self.client or self.backends:
+            return None
+        return max(0.0, self._next_try - time.monotonic())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- where sessions come from ------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener = listener
+        try:
+            listener.bind(self.path)
+        except OSError:
+            if not _is_stale(self.path):
+                raise
+            os.unlink(self.path)
+            listener.bind(self.path)
+        found = os.stat(self.path)
+        self._inode = (found.st_dev, found.st_ino)
+        listener.listen()
+        listener.setblocking(False)
+        self._accept_more()
+
+    def _adopt(self, sock: socket.socket) -> None:
+        """A socket that was inherited: a listening one, or one session."""
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self._listener = sock
+            sock.setblocking(False)
+            self._accept_more()
+        else:
+            self._begin(sock)
+
+    def _connect(self) -> None:
+        self._next_try = time.monotonic() + self.reconnect
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self.path)
+        except (ConnectionError, FileNotFoundError) as error:
+            sock.close()
+            log.info("%s: %s", self.path, error.strerror)
+            return
+        except BaseException:
+            sock.close()
+            raise
+        self._begin(sock)
+
+    def _accept_more(self) -> None:
+        """Watch the listening socket exactly while there is room for another session."""
+        if self._listener is None:
+            return
+        room = len(self.backends) < self.max_connections
+        if room and not self._accepting:
+            self._epoll.register(self._listener, select.EPOLLIN)
+        elif self._accepting and not room:
+            self._epoll.unregister(self._listener)
+        self._accepting = room
+
+    def _begin(self, sock: socket.socket) -> None:
+        try:
+            device = self._device if isinstance(self._device, Device) else self._device()
+            backend = Backend(device, sock)
+        except BaseException:
+            sock.close()
+            raise
+        self.backends[backend.fileno()] = backend
+        self._epoll.register(backend.fileno(), select.EPOLLIN)
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Do what there is to do now, without blocking."""
+        if self.closed:
+            return
+        if self.timeout == 0.0:
+            self._connect()
+        for fd, _ in self._epoll.poll(0):
+            backend = self.backends.get(fd)
+            if backend is None:
+                self._accept()
+            elif not backend.step():
+                self._end(fd)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            # Out of descriptors or memory: those who are served go on, this one has to wait.
+            log.warning("accept: %s", error.strerror)
+            return
+        self._begin(sock)
+        self._accept_more()
+
+    def _end(self, fd: int) -> None:
+        # The backend has closed its epoll descriptor, which took it out of ours.
+        backend = self.backends.pop(fd)
+        if not isinstance(self._device, Device):
+            backend.device.close()
+        self._accept_more()
+        if self._listener is None and not self.client and not self.backends:
+            self.close()
+
+    def serve_forever(self) -> None:
+        """Until ``close()``, or the end of the one session of a connected ``fd``."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while not self.closed:
+            timeout = self.timeout
+            poll.poll(None if timeout is None else timeout * 1000)
+            self.step()
+
+    def close(self) -> None:
+        """End all sessions; remove the socket, if it is still ours. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        for backend in self.backends.values():
+            backend.close()
+            if not isinstance(self._device, Device):
+                backend.device.close()
+        self.backends.clear()
+        if self._inode is not None:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(self.path)
+                if (found.st_dev, found.st_ino) == self._inode:
+                    os.unlink(self.path)
+        if self._listener is not None:
+            self._listener.close()
+        self._epoll.close()
+
+
+def _is_stale(path: str) -> bool:
+    """A socket that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:
+            return False  # its backlog is full: it is alive
+    return False
+
+
+def serve(
+    device: DeviceSource,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    fd: int | None = None,
+    client: bool = False,
+) -> None:
+    """Serve a device until interrupted: the shortest way to a working back-end."""
+    with Server(device, path, fd=fd, client=client) as server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
