@@ -362,6 +362,7 @@ def test_config_request_is_refused_as_the_specification_says() -> None:
     """GET_CONFIG: "zero length of payload to indicate an error"."""
     session = backend(ProtocolF.CONFIG)
     [message] = feed(session, frame(F.GET_CONFIG, p.Config(0, 60, 0, bytes(60)).pack()))
+    assert session.ack(message, 0) is None, "success is the reply itself"
     assert message.waits
     refusal = session.ack(message, 1)
     assert refusal is not None

@@ -30,9 +30,9 @@ from vhost.errors import (
 )
 from vhost.features import ProtocolF
 from vhost.user import payloads as p
-from vhost.user.messages import FrontendMsg, frame
+from vhost.user.messages import FRONTEND, FrontendMsg, frame
 from vhost.user.session import Session
-from vhost.user.spec import Message, Role
+from vhost.user.spec import Message, Outgoing, Role
 from vhost.user.transport import MAX_PENDING, Transport
 
 F = FrontendMsg
@@ -312,6 +312,27 @@ def test_partial_send_continues_where_it_stopped(no_leaks: None) -> None:
         assert front.flush()
 
 
+def test_descriptors_go_once_with_the_first_part(no_leaks: None) -> None:
+    one, other = socket.socketpair()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    with one, Transport(other, Session(Role.FRONTEND)) as front, descriptors(1) as fds:
+        # Longer than any real message with descriptors, so that the socket has to split it.
+        outgoing = Outgoing(bytes(20_000), tuple(fds), False, FRONTEND[F.SET_MEM_TABLE])
+        front.send(outgoing)
+        os.close(fds[0])
+        assert 0 < front.pending < 20_000
+        received: list[int] = []
+        count = 0
+        while count < 20_000:
+            data, ancillary, _, _ = one.recvmsg(1000, 100)
+            count += len(data)
+            for _level, _kind, numbers in ancillary:
+                received += array.array("i", numbers).tolist()
+            front.flush()
+        assert len(received) == 1
+        os.close(received[0])
+
+
 def test_queued_descriptors_are_closed_with_the_transport(no_leaks: None) -> None:
     one, other = socket.socketpair()
     with one, Transport(other, Session(Role.FRONTEND)) as front, descriptors(1) as fds:
@@ -371,11 +392,11 @@ def test_call_raises_on_a_nack(no_leaks: None) -> None:
 def test_nack_of_an_earlier_request_is_not_lost(no_leaks: None) -> None:
     with peers() as (front, back):
         front.session.protocol_features = ProtocolF.REPLY_ACK
-        statuses = iter([0, 5, 0])
+        statuses = iter([0, 5, 6])
         with answering(back, lambda message: back.send(back.session.ack(message, next(statuses))), 3):
             front.send(front.session.request(F.SET_OWNER))
             front.send(front.session.request(F.SET_VRING_NUM, p.VringState(0, 3)))
-            with pytest.raises(RequestFailed, match="SET_VRING_NUM"):
+            with pytest.raises(RequestFailed, match=r"SET_VRING_NUM: .* status 0x5"):
                 front.call(front.session.request(F.SET_FEATURES, p.U64(0)), 10)
         assert front.session.outstanding == 0
 
@@ -400,6 +421,29 @@ def test_reply_brings_a_descriptor(no_leaks: None) -> None:
         fd = reply.take_fd()
         assert fd is not None
         os.close(fd)
+
+
+def test_descriptor_of_a_reply_that_nobody_waits_for_is_closed(no_leaks: None) -> None:
+    one, other = socket.socketpair()
+    with (
+        Transport(one, Session(Role.FRONTEND)) as front,
+        Transport(other, Session(Role.BACKEND, serves=[F.GET_FEATURES, F.GET_INFLIGHT_FD])) as back,
+        descriptors(1) as fds,
+    ):
+        front.session.protocol_features = back.session.protocol_features = ProtocolF.INFLIGHT_SHMFD
+
+        def answer(message: Message) -> None:
+            if message.id == F.GET_FEATURES:
+                back.send(back.session.reply(message, p.U64(7)))
+            else:
+                back.send(back.session.reply(message, p.Inflight(4096, 0, 1, 128), fds))
+                os.close(fds[0])
+
+        with answering(back, answer, 2):
+            front.send(front.session.request(F.GET_INFLIGHT_FD, p.Inflight(0, 0, 1, 128)))
+            reply = front.call(front.session.request(F.GET_FEATURES), 10)
+        assert reply is not None
+        assert reply.payload == p.U64(7)
 
 
 def test_late_reply_is_not_taken_for_the_next(no_leaks: None) -> None:
