@@ -63,7 +63,7 @@ def test_wheel_is_typed_and_has_no_sources_of_the_build(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "vhost/py.typed" in names
     assert "vhost/memory.pyi" in names
-    assert "vhost/virtqueue.pyi" in names
+    assert "vhost/device_queue.pyi" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/")) or name.endswith(".c")]
 
 

@@ -30,6 +30,13 @@ cdef extern from "Python.h":
 cdef uint64_t last_serial = 0
 
 
+cdef int64_t length_of(written) except? -1:
+    try:
+        return written
+    except OverflowError:
+        return -1  # whatever it is, no chain has that many bytes
+
+
 @cython.final
 @cython.no_gc
 cdef class DeviceQueue:
@@ -289,7 +296,7 @@ cdef class DeviceQueue:
         if written is None:
             n = chain.written
         else:
-            n = written
+            n = length_of(written)
         self.must_be_open()
         chain.must_be_out()
         if not 0 <= n <= chain.c.in_len:
