@@ -50,10 +50,10 @@ def vhost_user_blk(
     ]
 
 
-def vhost_user_rng(path: Path, *, packed: bool = False, name: str = "rng") -> list[str]:
+def vhost_user_rng(path: Path, *, name: str = "rng") -> list[str]:
     return [
         *("-chardev", f"socket,id=c-{name},path={path}"),
-        *("-device", f"vhost-user-rng-pci,id={name},chardev=c-{name},packed={'on' if packed else 'off'}"),
+        *("-device", f"vhost-user-rng-pci,id={name},chardev=c-{name}"),
     ]
 
 
