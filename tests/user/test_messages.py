@@ -14,7 +14,7 @@ from user.wire import SAMPLES, STRATEGIES, descriptors, right_number
 from vhost.errors import InvalidMessage
 from vhost.features import ProtocolF, VhostF, VirtioF
 from vhost.user import payloads as p
-from vhost.user.messages import BACKEND, FRONTEND, BackendMsg, FrontendMsg, frame, table, unknown
+from vhost.user.messages import BACKEND, FRONTEND, BackendMsg, FrontendMsg, frame, table, table_rows, unknown
 from vhost.user.session import Session
 from vhost.user.spec import Channel, Fds, Gate, Message, Outgoing, Policy, Role, Spec
 
@@ -121,7 +121,8 @@ def test_row_as_plain_data(row: Spec) -> None:
     plain = json.loads(json.dumps(row.as_dict()))
     assert plain["id"] == row.id
     assert plain["handler"] == row.handler
-    assert all(value is not None for key, value in plain.items() if key != "old_name")
+    assert all(value is not None for value in plain.values())
+    assert plain in table_rows()
 
 
 @each_row

@@ -9,6 +9,7 @@ handler, one test. What the columns mean is in spec.py; how a connection uses th
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 from vhost.features import ProtocolF, Status, VhostF, VirtioF
 from vhost.user import payloads as p
@@ -48,6 +49,7 @@ __all__ = [
     "Spec",
     "frame",
     "table",
+    "table_rows",
     "unknown",
 ]
 
@@ -283,6 +285,11 @@ BACKEND: dict[int, Spec] = {row.id: row for row in _BACKEND_ROWS}
 def table(channel: Channel) -> dict[int, Spec]:
     """The requests that travel on a channel."""
     return FRONTEND if channel is Channel.MAIN else BACKEND
+
+
+def table_rows() -> list[dict[str, Any]]:
+    """Both directions as plain data: ``vhost messages``, and the table in the documentation."""
+    return [row.as_dict() for row in (*FRONTEND.values(), *BACKEND.values())]
 
 
 def unknown(number: int, sender: Role) -> Spec:

@@ -216,9 +216,9 @@ class Spec:
     def as_dict(self) -> dict[str, Any]:
         """The row as plain data, for tables and JSON."""
         return {
-            "name": self.name,
             "id": self.id,
-            "old_name": self.old_name,
+            "name": self.name,
+            "old_name": self.old_name or "",
             "sender": self.sender.value,
             "request": "" if self.request is Empty else self.request.__name__,
             "reply": "" if self.reply is None else self.reply.__name__,
@@ -229,8 +229,8 @@ class Spec:
             "per_ring": self.per_ring is not None,
             "live": self.live,
             "handler": self.handler,
-            "doc": self.doc,
             "section": self.section,
+            "doc": self.doc,
         }
 
 
