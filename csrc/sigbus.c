@@ -40,6 +40,7 @@ static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER; /* writers only *
 static uintptr_t page_size;
 static struct sigaction previous;
 static bool installed;
+static int repairs;
 
 /* -------------------------------------------------------------- the table */
 
@@ -171,6 +172,8 @@ static bool repair(uintptr_t addr)
 	/* Before the zero pages, so that a thread that has used zeros of ours and then looks finds
 	 * 1. Release pairs with the acquire of whoever owns the flag. */
 	STORE_RELEASE(*copy.broken, 1);
+	/* Pairs with the acquire of whoever watches the count: the flag is there. */
+	__atomic_add_fetch(&repairs, 1, __ATOMIC_RELEASE);
 	/* Leave alone what an earlier fault already covered: it may hold data written since. (A
 	 * fault past `hole` means that a zero page itself failed, a bad memory module: cover
 	 * again.) Two threads that get here at once may still cover one page twice; the range is
@@ -243,4 +246,9 @@ int sigbus_install(void)
 	}
 	pthread_mutex_unlock(&table_lock);
 	return rc;
+}
+
+const int *sigbus_repairs(void)
+{
+	return &repairs;
 }

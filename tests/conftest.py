@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fds
 import pytest
+
+import fds
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
     int sigbus_install()
+    const int *sigbus_repairs()
 
 
 cdef extern from "chain.h" nogil:
@@ -176,3 +177,43 @@ cdef extern from "virtqueue.h" nogil:
     void virtqueue_disable_cb(driver_queue *)
     bint virtqueue_enable_cb(driver_queue *)
     bint virtqueue_more_used(driver_queue *)
+
+
+cdef extern from "blk_request.h" nogil:
+    enum:
+        BLK_ID_BYTES
+        BLK_RANGES_MAX
+
+    struct blk_disk:
+        int fd
+        bint read_only
+        bint block_device
+        uint64_t capacity
+        uint32_t max_discard_sectors
+        uint32_t max_discard_seg
+        uint32_t max_write_zeroes_sectors
+        uint32_t max_write_zeroes_seg
+        char *serial
+
+
+cdef extern from "engine_blk.h" nogil:
+    struct blk_queue:
+        pass
+
+    struct blk_engine:
+        unsigned int nworkers
+
+    struct blk_queue_config:
+        virtqueue *vq
+        const blk_disk *disk
+        bint writethrough
+        int kick
+        int call
+        int err
+
+    int blk_engine_init(blk_engine *, unsigned int, const char *, const int *)
+    void blk_engine_destroy(blk_engine *)
+    int blk_engine_notice(const blk_engine *)
+    int blk_engine_attach(blk_engine *, unsigned int, blk_queue *, const blk_queue_config *)
+    void blk_engine_detach(blk_engine *, blk_queue *)
+    int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)

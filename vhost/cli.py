@@ -180,9 +180,9 @@ def run_probe(args: argparse.Namespace) -> int:
 
 
 def run_messages(args: argparse.Namespace) -> int:
-    from vhost.user.messages import table_rows
+    from vhost.user.messages import BACKEND, FRONTEND
 
-    rows = table_rows()
+    rows = [row.as_dict() for row in (*FRONTEND.values(), *BACKEND.values())]
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0

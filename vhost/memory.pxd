@@ -3,6 +3,9 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from vhost._core cimport guest_memory
 
+# The process has one count of SIGBUS repairs, and this module's copy of the C core keeps it.
+cdef const int *sigbus_count() noexcept
+
 
 cdef class Region:
     cdef readonly uint64_t guest_addr

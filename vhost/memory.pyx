@@ -51,6 +51,10 @@ cdef extern from *:
     uint64_t mapping_unit(int fd) nogil
 
 
+cdef const int *sigbus_count() noexcept:
+    return sigbus_repairs()
+
+
 def install_sigbus_handler():
     cdef int rc = sigbus_install()
     if rc:

@@ -55,6 +55,9 @@ class Device:
     max_queue_size: int = 1024
     #: Let several sessions run rings at the same time. The driver side must be made for that.
     share: bool = False
+    #: An eventfd that threads without the GIL signal when they find a queue or its memory broken; each
+    #: session watches it edge-triggered, and does then what ``wake()`` makes it do. -1: none.
+    notice: int = -1
     #: What the driver of the session that runs (or last ran) the rings acknowledged.
     negotiated: int = 0
 

@@ -47,6 +47,8 @@ class Backend(Handlers):
         self._writes = False
         self._epoll.register(self.transport.fileno(), select.EPOLLIN)
         self._epoll.register(self._wakeup, select.EPOLLIN)
+        if device.notice >= 0:
+            self._epoll.register(device.notice, select.EPOLLIN | select.EPOLLET)
         device.attach(self)
 
     def fileno(self) -> int:
@@ -83,6 +85,9 @@ class Backend(Handlers):
                 if fd == self.transport.fileno():
                     self._talk(events)
                 elif fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
+                    self._woken()
+                elif fd == self.device.notice:
                     self._woken()
                 elif fd == self._busy:
                     for ring in self.rings:
@@ -157,7 +162,6 @@ class Backend(Handlers):
             )
 
     def _woken(self) -> None:
-        os.eventfd_read(self._wakeup)
         if self._config_changed:
             self._config_changed = False
             self._tell_config_change()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Block queues served by threads that never take the GIL."""
+
+from typing import Final, final
+
+from vhost.device_queue import DeviceQueue
+
+__all__ = ["MAX_RANGES", "Disk", "Engine"]
+
+MAX_RANGES: Final[int]
+
+@final
+class Disk:
+    """What requests are run on: ``fd`` (-1: null) with ``capacity`` sectors of 512 bytes. The descriptor
+    stays the caller's, and open as long as a queue is attached."""
+
+    def __init__(
+        self,
+        *,
+        fd: int,
+        capacity: int,
+        read_only: bool,
+        block_device: bool,
+        max_sectors: int,
+        max_ranges: int,
+        serial: bytes,
+    ) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+    @capacity.setter
+    def capacity(self, sectors: int) -> None: ...
+
+@final
+class Engine:
+    """Worker threads, which run while they have queues."""
+
+    def __init__(self, workers: int, name: str) -> None: ...
+    @property
+    def notice(self) -> int:
+        """An eventfd that is signalled when a queue, or memory below one, broke. Nobody reads it: watch
+        it edge-triggered."""
+
+    def attach(self, queue: DeviceQueue, disk: Disk, worker: int, writethrough: bool) -> None:
+        """Hand the queue, with the descriptors that it has now, to a worker. Until ``detach`` nothing
+        else may use it."""
+
+    def detach(self, queue: DeviceQueue) -> None:
+        """Take it back, once what was popped is published."""
