@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from vhost.errors import (
     Disconnected,
@@ -59,14 +58,6 @@ Trace = Callable[[str, Message | Outgoing], None]
 """Called with "recv" or "send" and the message."""
 
 
-@dataclass(slots=True)
-class _Expected:
-    """A reply that the peer owes."""
-
-    spec: Spec
-    own_reply: bool
-
-
 class Session:
     """One channel of a vhost-user connection, seen from one side."""
 
@@ -89,18 +80,30 @@ class Session:
         """The requests that this side answers; the others are refused as UnsupportedRequest."""
         self.trace = trace
         self.features = 0
-        self.protocol_features = 0
-        """Both set by the owner of the session when they are negotiated."""
+        """Set by the owner of the session when negotiated, as are the protocol features."""
+        self._protocol_features = 0
+        self._xen = False
         self.offered_protocol_features = 0
         """Taken from the reply to GET_PROTOCOL_FEATURES as it passes."""
         self.postcopy = False
         self.closed = False
         self._failed: ProtocolError | None = None
-        self._outstanding: deque[_Expected] = deque()
+        # The replies that the peer owes, and whether they have the row's payload.
+        self._outstanding: deque[tuple[Spec, bool]] = deque()
         self._data = bytearray()
         self._fds: list[int] = []
         self._target = HEADER_SIZE
         self._header: tuple[Spec, int, bool, bool] | None = None  # row, flags, own reply, known
+
+    @property
+    def protocol_features(self) -> int:
+        return self._protocol_features
+
+    @protocol_features.setter
+    def protocol_features(self, value: int) -> None:
+        # A plain integer: IntFlag remembers every combination that it ever saw, here the peer's.
+        self._protocol_features = int(value)
+        self._xen = bool(self._protocol_features & _XEN_MMAP)
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -153,7 +156,7 @@ class Session:
             else:
                 error = PartialMessage(f"{where}payload", request=self._header[0].name)
         elif self._outstanding:
-            spec = self._outstanding[0].spec
+            spec = self._outstanding[0][0]
             error = Disconnected(f"{reason} before the reply", request=spec.name)
         else:
             error = Disconnected(reason)
@@ -164,11 +167,6 @@ class Session:
         """Close the descriptors of a message that never became whole. Idempotent."""
         self.closed = True
         self._drop_fds()
-
-    @property
-    def _xen(self) -> bool:
-        """Regions have the Xen layout."""
-        return bool(int(self.protocol_features) & _XEN_MMAP)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -224,10 +222,9 @@ class Session:
                 )
             if not self._outstanding:
                 raise InvalidMessage("a reply to nothing: no request is outstanding", request=spec.name)
-            expected = self._outstanding[0]
-            if expected.spec.id != number:
-                raise InvalidMessage(f"reply to {spec.name}, expected one to {expected.spec.name}")
-            own_reply = expected.own_reply
+            expected, own_reply = self._outstanding[0]
+            if expected.id != number:
+                raise InvalidMessage(f"reply to {spec.name}, expected one to {expected.name}")
             limit = spec.max_size(True, xen=self._xen) if own_reply else U64.MAX_SIZE
         else:
             if flags & REPLY_FLAG:
@@ -246,12 +243,11 @@ class Session:
             payload = spec.decode(data, reply=True, xen=self._xen) if own_reply else U64.unpack(data)
         except InvalidMessage as error:
             raise InvalidMessage(f"reply: {error.text}", request=spec.name) from None
-        if own_reply:
-            complaint = spec.reply_fds.complaint(len(self._fds), payload)
-        else:
-            complaint = f"{len(self._fds)} file descriptors, must be 0" if self._fds else None
-        if complaint:
-            raise IncorrectFds(f"reply: {complaint}", request=spec.name)
+        rule = spec.reply_fds if own_reply else NO_FDS
+        if self._fds or rule is not NO_FDS:
+            complaint = rule.complaint(len(self._fds), payload)
+            if complaint:
+                raise IncorrectFds(f"reply: {complaint}", request=spec.name)
         if own_reply and spec.name == "GET_PROTOCOL_FEATURES" and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         fds, self._fds = self._fds, []
@@ -276,12 +272,13 @@ class Session:
         except InvalidMessage as error:
             message.payload = Opaque(data)
             raise InvalidMessage(error.text, request=spec.name, message=message) from None
-        complaint = spec.fds.complaint(len(self._fds), payload)
-        if complaint:
-            raise IncorrectFds(complaint, request=spec.name, message=message)
-        if spec.fds.discard:
-            self._drop_fds()
-        message.fds, self._fds = self._fds, []
+        if self._fds or spec.fds is not NO_FDS:
+            complaint = spec.fds.complaint(len(self._fds), payload)
+            if complaint:
+                raise IncorrectFds(complaint, request=spec.name, message=message)
+            if spec.fds.discard:
+                self._drop_fds()
+            message.fds, self._fds = self._fds, []
         return message
 
     # -- sending -----------------------------------------------------------------------------------
@@ -308,12 +305,12 @@ class Session:
         own_reply = spec.replies(self.protocol_features, self.postcopy)
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
-            need_reply = not own_reply and bool(int(self.protocol_features) & _REPLY_ACK)
+            need_reply = not own_reply and bool(self._protocol_features & _REPLY_ACK)
         data = frame(spec.id, payload.pack(), need_reply=need_reply)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
         if expects:
-            self._outstanding.append(_Expected(spec, own_reply))
+            self._outstanding.append((spec, own_reply))
         return self._traced(outgoing)
 
     def reply(self, message: Message, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:

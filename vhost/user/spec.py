@@ -184,7 +184,6 @@ class Spec:
         """Whether the row's feature allows the message."""
         if self.feature is None or self.gate is Gate.ADVICE:
             return True
-        # Plain integers: IntFlag remembers every combination that it ever saw, here the peer's.
         if isinstance(self.feature, (VirtioF, VhostF)):
             return bool(int(features) & self.feature_bit)
         word = int(protocol_features) | (int(offered) if self.gate is Gate.OFFERED else 0)
@@ -192,9 +191,11 @@ class Spec:
 
     def replies(self, protocol_features: int, postcopy: bool = False) -> bool:
         """Whether the row's own reply payload answers it, as opposed to an ack."""
-        if self.policy is Policy.LOG_SHMFD:
-            return bool(int(protocol_features) & _LOG_SHMFD)
-        return self.policy is Policy.ALWAYS or (self.policy is Policy.POSTCOPY and postcopy)
+        if self.policy is Policy.ACK:
+            return False
+        if self.policy is Policy.ALWAYS:
+            return True
+        return postcopy if self.policy is Policy.POSTCOPY else bool(int(protocol_features) & _LOG_SHMFD)
 
     @property
     def feature_name(self) -> str:

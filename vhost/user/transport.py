@@ -102,14 +102,15 @@ class Transport:
         ProtocolError when the peer lets more than ``max_pending`` bytes pile up."""
         if outgoing is None:
             return
-        data = memoryview(outgoing.data)
         fds = outgoing.fds
+        sent = 0
         if not self._queue:
-            sent = self._write(data, fds)
-            if sent == len(data):
+            sent = self._write(outgoing.data, fds)
+            if sent == len(outgoing.data):
                 return
             if sent:
-                data, fds = data[sent:], ()
+                fds = ()  # they went with the first byte
+        data = memoryview(outgoing.data)[sent:]
         if self.pending + len(data) > self.max_pending:
             text = f"peer does not read: {self.pending + len(data)} bytes pending, limit {self.max_pending}"
             raise ProtocolError(text, request=outgoing.name)
@@ -135,7 +136,7 @@ class Transport:
             self._queue.popleft()
         return True
 
-    def _write(self, data: memoryview, fds: tuple[int, ...]) -> int:
+    def _write(self, data: bytes | memoryview, fds: tuple[int, ...]) -> int:
         try:
             if not fds:
                 return self.socket.send(data, _SEND_FLAGS)
