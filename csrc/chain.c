@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
-/* The life of a chain's iovecs; what fills them is in chain_build.h. */
+/* The life of a chain's iovecs, and what is rare in filling them: the rest is in chain_build.h. */
 #include "chain.h"
 
 #include <stdlib.h>
@@ -19,7 +19,8 @@ void vhost_chain_destroy(struct vhost_chain *c)
 	vhost_chain_init(c);
 }
 
-bool chain_grow(struct vhost_chain *c, uint32_t used)
+/* Room for one more piece behind the first n. */
+static bool grow(struct vhost_chain *c, uint32_t n)
 {
 	uint32_t cap = c->spill_cap ? c->spill_cap * 2 : VHOST_CHAIN_INLINE * 8;
 	struct iovec *spill;
@@ -34,7 +35,41 @@ bool chain_grow(struct vhost_chain *c, uint32_t used)
 		c->spill_cap = cap;
 	}
 	if (c->iov == c->fixed)
-		memcpy(c->spill, c->fixed, used * sizeof(*c->fixed));
+		memcpy(c->spill, c->fixed, n * sizeof(*c->fixed));
 	c->iov = c->spill;
 	return true;
+}
+
+int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
+		     uint64_t addr, uint32_t len)
+{
+	uint64_t left = len;
+
+	if (!len)
+		return vq_fault(vq, VQ_LENGTH_ZERO, head, addr, 0);
+	for (;;) {
+		uint32_t cap = c->iov == c->fixed ? VHOST_CHAIN_INLINE : c->spill_cap;
+		uint64_t piece = left;
+		uint8_t *p = guest_memory_at(vq->mem, addr, &piece);
+
+		if (!p)
+			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
+		if (n == cap && !grow(c, n))
+			return vq_fault(vq, VQ_TOO_MANY_PIECES, head, n, VHOST_CHAIN_MAX_PIECES);
+		c->iov[n].iov_base = p;
+		c->iov[n].iov_len = piece;
+		n++;
+		left -= piece;
+		if (!left)
+			return (int)n;
+		addr += piece;
+		if (!addr) /* the buffer goes on past the last address there is */
+			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
+	}
+}
+
+void vq_report(struct virtqueue *vq, enum virtqueue_fault fault, uint16_t head, uint64_t value,
+	       uint64_t limit)
+{
+	vq->report = (struct virtqueue_fault_report){ fault, head, value, limit };
 }

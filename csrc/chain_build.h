@@ -38,17 +38,29 @@ static inline struct raw_desc fetch_desc(const void *desc)
 	return u.raw;
 }
 
-/* The same from an indirect table, which may be unaligned and cross regions. */
-static inline bool fetch_table_desc(struct guest_memory *mem, uint64_t addr, struct raw_desc *raw)
-{
-	uint64_t half[2], len = sizeof(half);
-	const uint8_t *p = guest_memory_at(mem, addr, &len);
+/* An indirect table: it may be unaligned and cross regions. */
+struct desc_table {
+	uint64_t addr;
+	const uint8_t *host; /* NULL: not in one piece */
+};
 
-	if (unlikely(!p))
-		return false;
-	if (likely(len == sizeof(half)))
-		memcpy(half, p, sizeof(half));
-	else if (guest_memory_read(mem, addr, half, sizeof(half)) != sizeof(half))
+static inline struct desc_table desc_table(struct guest_memory *mem, uint64_t addr, uint64_t len)
+{
+	uint64_t got = len;
+	const uint8_t *p = guest_memory_at(mem, addr, &got);
+
+	return (struct desc_table){ addr, likely(got == len) ? p : NULL };
+}
+
+static inline bool fetch_table_desc(struct guest_memory *mem, const struct desc_table *t, uint32_t i,
+				    struct raw_desc *raw)
+{
+	uint64_t half[2], at = (uint64_t)i * sizeof(half);
+
+	if (likely(t->host))
+		memcpy(half, t->host + at, sizeof(half));
+	else if (t->addr + at < t->addr ||
+		 guest_memory_read(mem, t->addr + at, half, sizeof(half)) != sizeof(half))
 		return false;
 	/* From here on the values live in registers: the compiler must not load them again. */
 	__asm__ __volatile__("" : "+r"(half[0]), "+r"(half[1]));
@@ -56,62 +68,87 @@ static inline bool fetch_table_desc(struct guest_memory *mem, uint64_t addr, str
 	return true;
 }
 
-bool chain_grow(struct vhost_chain *c, uint32_t used);
+/* A function, so that what a fault takes stays out of the way of what is none. */
+void vq_report(struct virtqueue *vq, enum virtqueue_fault fault, uint16_t head, uint64_t value,
+	       uint64_t limit) __attribute__((cold));
 
 static inline int vq_fault(struct virtqueue *vq, enum virtqueue_fault fault, uint16_t head,
 			   uint64_t value, uint64_t limit)
 {
-	vq->report = (struct virtqueue_fault_report){ fault, head, value, limit };
+	vq_report(vq, fault, head, value, limit);
 	return -1;
 }
 
-static inline void chain_reset(struct vhost_chain *c)
+/*
+ * A chain while it is walked. It lives in registers, and so nothing that is not inlined may have its
+ * address: what is rare goes through the chain itself.
+ */
+struct chain_walk {
+	struct iovec *at, *end;		/* next free in c->iov */
+	const struct guest_region *region; /* of the last buffer: the next one's, too, most of the time */
+	uint64_t len;  /* of the whole chain; no overflow: descriptors are fewer than 2^32 */
+	uint32_t kind; /* WRITE when at the writable buffers: the readable ones are in the chain */
+};
+
+static inline __attribute__((always_inline)) struct chain_walk
+chain_begin(const struct virtqueue *vq, struct vhost_chain *c)
 {
-	c->out_num = c->in_num = 0;
-	c->out_len = c->in_len = 0;
-	c->ndesc = 0;
 	c->iov = c->fixed;
+	return (struct chain_walk){
+		.at = c->fixed,
+		.end = c->fixed + VHOST_CHAIN_INLINE,
+		.region = vq->mem->by_guest,
+	};
 }
 
-/* Append one buffer. 0, or -1 with the fault reported. */
-static inline int chain_add(struct virtqueue *vq, struct vhost_chain *c, uint16_t head,
-			    uint64_t addr, uint32_t len, bool write)
+/* For a walk that goes on in another function. */
+static inline struct chain_walk chain_resume(const struct virtqueue *vq, struct vhost_chain *c,
+					     uint32_t n, uint64_t len, uint32_t kind)
 {
-	uint32_t n = c->out_num + c->in_num;
-	uint64_t total = (uint64_t)c->out_len + c->in_len + len;
-	uint64_t left = len;
+	uint32_t cap = c->iov == c->fixed ? VHOST_CHAIN_INLINE : c->spill_cap;
 
-	if (unlikely(!len))
-		return vq_fault(vq, VQ_LENGTH_ZERO, head, addr, 0);
-	if (unlikely(!write && c->in_num))
-		return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, addr, 0);
-	if (unlikely(total > UINT32_MAX))
-		return vq_fault(vq, VQ_LENGTH_TOTAL, head, total, (uint64_t)UINT32_MAX + 1);
-	for (;;) {
-		uint32_t cap = c->iov == c->fixed ? VHOST_CHAIN_INLINE : c->spill_cap;
-		uint64_t piece = left;
-		uint8_t *p = guest_memory_at(vq->mem, addr, &piece);
+	return (struct chain_walk){ c->iov + n, c->iov + cap, vq->mem->by_guest, len, kind };
+}
 
-		if (unlikely(!p))
-			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
-		if (unlikely(n == cap && !chain_grow(c, n)))
-			return vq_fault(vq, VQ_TOO_MANY_PIECES, head, n, VHOST_CHAIN_MAX_PIECES);
-		c->iov[n].iov_base = p;
-		c->iov[n].iov_len = piece;
-		n++;
-		left -= piece;
-		if (likely(!left))
-			break;
-		addr += piece;
-		if (unlikely(!addr)) /* the buffer goes on past the last address there is */
-			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
+/* Appends a buffer that is not wholly in the region we guessed, that does not fit into c->iov as it is,
+ * or that is empty. How many pieces there are now, or -1 with the fault reported. */
+int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
+		     uint64_t addr, uint32_t len);
+
+/* Append one buffer. 0, or -1 with the fault reported. */
+static inline __attribute__((always_inline)) int chain_add(struct virtqueue *vq,
+							   struct vhost_chain *c,
+							   struct chain_walk *w, uint16_t head,
+							   uint64_t addr, uint32_t len,
+							   uint16_t flags)
+{
+	const struct guest_region *r = w->region;
+	uint64_t off = addr - r->guest_addr;
+	uint32_t kind = flags & VRING_DESC_F_WRITE;
+
+	if (kind != w->kind) {
+		if (unlikely(!kind))
+			return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, addr, 0);
+		c->out_num = (uint32_t)(w->at - c->iov);
+		c->out_len = (uint32_t)w->len;
+		w->kind = kind;
 	}
-	if (write) {
-		c->in_num = n - c->out_num;
-		c->in_len += len;
+	w->len += len;
+	if (off >= r->size) {
+		w->region = r = guest_memory_guess(vq->mem, addr);
+		off = addr - r->guest_addr;
+	}
+	/* One comparison for "not empty" and "not beyond the end": 0 - 1 is beyond any. */
+	if (likely(off < r->size && (uint64_t)len - 1 < r->size - off && w->at != w->end)) {
+		w->at->iov_base = r->host + off;
+		w->at->iov_len = len;
+		w->at++;
 	} else {
-		c->out_num = n;
-		c->out_len += len;
+		int n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len);
+
+		if (n < 0)
+			return -1;
+		*w = chain_resume(vq, c, (uint32_t)n, w->len, w->kind);
 	}
 	return 0;
 }
@@ -136,21 +173,35 @@ static inline uint32_t chain_table_limit(const struct virtqueue *vq)
 }
 
 /* The chain is whole: it is out from here on. */
-static inline int chain_out(struct virtqueue *vq, struct vhost_chain *c)
+static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
+							   struct vhost_chain *c,
+							   const struct chain_walk *w, uint16_t id,
+							   uint32_t ndesc)
 {
-	struct vq_slot *slot = &vq->slots[c->id];
+	uint32_t n = (uint32_t)(w->at - c->iov);
+	struct vq_slot *slot = &vq->slots[id];
 
-	if (unlikely(c->ndesc > vq->num - vq->inuse))
-		return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, c->ndesc, vq->num - vq->inuse + 1);
-	slot->in_len = c->in_len;
-	slot->ndesc = c->ndesc;
-	slot->seq = vq->pops++;
-	slot->done = false;
-	vq->inuse += c->ndesc;
-	if (vq->in_order) {
+	if (unlikely(!w->kind)) {
+		c->out_num = n;
+		c->out_len = (uint32_t)w->len;
+	}
+	/* `len` is that of the whole chain, out_len the readable part of it. */
+	if (unlikely(w->len > UINT32_MAX))
+		return vq_fault(vq, VQ_LENGTH_TOTAL, id, w->len, (uint64_t)UINT32_MAX + 1);
+	if (unlikely(ndesc > vq->num - vq->inuse))
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - vq->inuse + 1);
+	c->id = id;
+	c->ndesc = (uint16_t)ndesc;
+	c->in_num = n - c->out_num;
+	c->in_len = (uint32_t)w->len - c->out_len;
+	slot->len = c->in_len;
+	slot->seq = vq->pops++ & VQ_SEQ_MASK;
+	slot->ndesc = (uint16_t)ndesc;
+	vq->inuse += ndesc;
+	if (unlikely(vq->in_order)) {
 		uint32_t end = vq->order_head + vq->order_count++;
 
-		vq->order[end < vq->num ? end : end - vq->num] = c->id;
+		vq->order[end < vq->num ? end : end - vq->num] = id;
 	}
 	return 1;
 }

@@ -9,6 +9,7 @@
 #include <errno.h>
 
 #include "chain_build.h"
+#include "device_fill.h"
 #include "ring_impl.h"
 
 #define AVAIL_USED (VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED)
@@ -51,70 +52,86 @@ static inline bool is_available(uint16_t flags, bool wrap)
 	return (flags & AVAIL_USED) == (wrap ? VRING_PACKED_DESC_F_AVAIL : VRING_PACKED_DESC_F_USED);
 }
 
-/* 2.8.5: the descriptors of a table lie behind each other; NEXT means nothing there. */
-static int walk_table(struct virtqueue *vq, struct vhost_chain *c, const struct raw_desc *indirect)
+/* The chain before this position is whole. */
+static inline __attribute__((always_inline)) int
+take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w, uint16_t id,
+	   uint32_t ndesc, uint16_t pos, bool wrap)
 {
-	uint32_t entries, limit = chain_table_limit(vq);
-
-	if (chain_check_indirect(vq, c->id, indirect->len, indirect->fourth, &entries))
-		return -1;
-	if (unlikely(entries > limit))
-		return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, entries, limit + 1);
-	for (uint32_t i = 0; i < entries; i++) {
-		uint64_t addr = indirect->addr + (uint64_t)i * sizeof(struct vring_packed_desc);
-		struct raw_desc d;
-
-		if (unlikely(addr < indirect->addr || !fetch_table_desc(vq->mem, addr, &d)))
-			return vq_fault(vq, VQ_ADDRESS, c->id, addr, 0);
-		if (unlikely(d.fourth & VRING_DESC_F_INDIRECT))
-			return vq_fault(vq, VQ_INDIRECT_NESTED, c->id, d.fourth, 0);
-		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, d.fourth & VRING_DESC_F_WRITE)))
-			return -1;
-	}
-	return 0;
-}
-
-int packed_pop(struct virtqueue *vq, struct vhost_chain *c)
-{
-	uint16_t pos = vq->last_avail;
-	bool wrap = vq->avail_wrap;
-	/* Pairs with the driver's release of the head's flags: the whole chain is there. */
-	uint16_t flags = LOAD_ACQUIRE(vq->packed.desc[pos].flags);
-
-	if (!is_available(flags, wrap))
-		return 0;
-	chain_reset(c);
-	for (;;) {
-		struct raw_desc d = fetch_desc(&vq->packed.desc[pos]);
-
-		d.fourth = flags; /* those that were looked at, whatever they are now */
-		c->id = d.third;  /* valid in the last descriptor (2.8.6) */
-		c->ndesc++;
-		advance(vq, &pos, &wrap, 1);
-		if (flags & VRING_DESC_F_INDIRECT) {
-			if (walk_table(vq, c, &d))
-				return -1;
-			break;
-		}
-		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, flags & VRING_DESC_F_WRITE)))
-			return -1;
-		if (!(flags & VRING_DESC_F_NEXT))
-			break;
-		if (unlikely(c->ndesc == vq->num))
-			return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, vq->num + 1, vq->num + 1);
-		flags = READ_ONCE(vq->packed.desc[pos].flags);
-		if (unlikely(!is_available(flags, wrap)))
-			return vq_fault(vq, VQ_CHAIN_OPEN, c->id, pos, 0);
-	}
-	if (unlikely(c->id >= vq->num))
-		return vq_fault(vq, VQ_ID_RANGE, c->id, c->id, vq->num);
-	if (unlikely(vq->slots[c->id].ndesc))
-		return vq_fault(vq, VQ_ID_BUSY, c->id, c->id, 0);
-	if (unlikely(chain_out(vq, c) < 0))
+	if (unlikely(id >= vq->num))
+		return vq_fault(vq, VQ_ID_RANGE, id, id, vq->num);
+	if (unlikely(vq->slots[id].ndesc))
+		return vq_fault(vq, VQ_ID_BUSY, id, id, 0);
+	if (unlikely(chain_out(vq, c, w, id, ndesc) < 0))
 		return -1;
 	vq->last_avail = pos;
 	vq->avail_wrap = wrap;
 	return 1;
+}
+
+/* 2.8.5: the descriptors of a table lie behind each other; NEXT means nothing there. It ends the chain.
+ * 1 or -1, as packed_take. */
+static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint32_t ndesc,
+		      struct raw_desc indirect, uint16_t pos, bool wrap)
+{
+	uint32_t entries = 0, limit = chain_table_limit(vq);
+	uint16_t id = indirect.third;
+	struct desc_table table;
+
+	if (chain_check_indirect(vq, id, indirect.len, indirect.fourth, &entries))
+		return -1;
+	if (unlikely(entries > limit))
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, entries, limit + 1);
+	table = desc_table(vq->mem, indirect.addr, indirect.len);
+	for (uint32_t i = 0; i < entries; i++) {
+		struct raw_desc d;
+
+		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
+			return vq_fault(vq, VQ_ADDRESS, id, table.addr + (uint64_t)i * sizeof(d), 0);
+		if (unlikely(d.fourth & VRING_DESC_F_INDIRECT))
+			return vq_fault(vq, VQ_INDIRECT_NESTED, id, d.fourth, 0);
+		if (unlikely(chain_add(vq, c, &w, id, d.addr, d.len, d.fourth)))
+			return -1;
+	}
+	return take_whole(vq, c, &w, id, ndesc, pos, wrap);
+}
+
+/* 1, 0 or -1, as virtqueue_pop. */
+static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq,
+							     struct vhost_chain *c)
+{
+	uint32_t num = vq->num, left = num;
+	uint16_t pos = vq->last_avail;
+	bool wrap = vq->avail_wrap;
+	/* Pairs with the driver's release of the head's flags: the whole chain is there. */
+	uint16_t flags = LOAD_ACQUIRE(vq->packed.desc[pos].flags);
+	struct chain_walk w;
+
+	if (!is_available(flags, wrap))
+		return 0;
+	w = chain_begin(vq, c);
+	for (;;) {
+		struct raw_desc d = fetch_desc(&vq->packed.desc[pos]);
+
+		d.fourth = flags; /* those that were looked at, whatever they are now */
+		advance(vq, &pos, &wrap, 1);
+		if (flags & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, num - left + 1, d, pos, wrap);
+		if (unlikely(chain_add(vq, c, &w, d.third, d.addr, d.len, flags)))
+			return -1;
+		if (!(flags & VRING_DESC_F_NEXT))
+			/* The id is valid in the last descriptor (2.8.6). */
+			return take_whole(vq, c, &w, d.third, num - left + 1, pos, wrap);
+		if (unlikely(!--left))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, d.third, num + 1, num + 1);
+		flags = READ_ONCE(vq->packed.desc[pos].flags);
+		if (unlikely(!is_available(flags, wrap)))
+			return vq_fault(vq, VQ_CHAIN_OPEN, d.third, pos, 0);
+	}
+}
+
+int packed_pop(struct virtqueue *vq, struct vhost_chain *c)
+{
+	return packed_take(vq, c);
 }
 
 int packed_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
@@ -122,7 +139,7 @@ int packed_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 	unsigned done = 0;
 
 	while (done < n) {
-		int rc = packed_pop(vq, c[done]);
+		int rc = packed_take(vq, c[done]);
 
 		if (unlikely(rc < 0))
 			return done ? (int)done : -1;
@@ -142,7 +159,7 @@ void packed_unpop(struct virtqueue *vq, uint16_t ndesc)
 	vq->last_avail -= ndesc;
 }
 
-void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
+static inline void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
 {
 	struct vring_packed_desc *d = &vq->packed.desc[vq->staged];
 	uint16_t flags = vq->staged_wrap ? AVAIL_USED : 0;
@@ -158,6 +175,11 @@ void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t 
 		WRITE_ONCE(d->flags, flags);
 	vq->staged_slots += ndesc;
 	advance(vq, &vq->staged, &vq->staged_wrap, ndesc);
+}
+
+int packed_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	return device_fill(vq, id, written, packed_stage);
 }
 
 void packed_flush(struct virtqueue *vq)

@@ -6,6 +6,7 @@
 #include <errno.h>
 
 #include "chain_build.h"
+#include "device_fill.h"
 #include "ring_impl.h"
 
 static inline uint16_t *used_event(const struct virtqueue *vq)
@@ -52,66 +53,69 @@ static inline int split_available(struct virtqueue *vq)
 	return ahead;
 }
 
-/* 2.7.5.3: the descriptors of a table are linked like the ring's. */
-static int walk_table(struct virtqueue *vq, struct vhost_chain *c, const struct raw_desc *indirect)
+/* 2.7.5.3: the descriptors of a table are linked like the ring's. 2.7.5.3.2: it may come after direct
+ * ones, but ends the chain. 1 or -1, as split_take. */
+static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint16_t head,
+		      uint32_t ndesc, struct raw_desc indirect)
 {
-	uint32_t entries, i = 0, limit = chain_table_limit(vq);
+	uint32_t entries = 0, i = 0, limit = chain_table_limit(vq);
+	struct desc_table table;
 
-	if (chain_check_indirect(vq, c->id, indirect->len, indirect->third, &entries))
+	if (chain_check_indirect(vq, head, indirect.len, indirect.third, &entries))
 		return -1;
+	table = desc_table(vq->mem, indirect.addr, indirect.len);
 	for (uint32_t seen = 1;; seen++) {
-		uint64_t addr = indirect->addr + (uint64_t)i * sizeof(struct vring_desc);
 		struct raw_desc d;
 
-		if (unlikely(addr < indirect->addr || !fetch_table_desc(vq->mem, addr, &d)))
-			return vq_fault(vq, VQ_ADDRESS, c->id, addr, 0);
+		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
+			return vq_fault(vq, VQ_ADDRESS, head, table.addr + (uint64_t)i * sizeof(d), 0);
 		if (unlikely(d.third & VRING_DESC_F_INDIRECT))
-			return vq_fault(vq, VQ_INDIRECT_NESTED, c->id, d.third, 0);
-		if (unlikely(chain_add(vq, c, c->id, d.addr, d.len, d.third & VRING_DESC_F_WRITE)))
+			return vq_fault(vq, VQ_INDIRECT_NESTED, head, d.third, 0);
+		if (unlikely(chain_add(vq, c, &w, head, d.addr, d.len, d.third)))
 			return -1;
 		if (!(d.third & VRING_DESC_F_NEXT))
-			return 0;
+			break;
 		i = d.fourth;
 		if (unlikely(i >= entries))
-			return vq_fault(vq, VQ_NEXT_RANGE, c->id, i, entries);
+			return vq_fault(vq, VQ_NEXT_RANGE, head, i, entries);
 		if (unlikely(seen == limit))
-			return vq_fault(vq, VQ_CHAIN_TOO_LONG, c->id, seen + 1, limit + 1);
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, seen + 1, limit + 1);
 	}
+	if (unlikely(chain_out(vq, c, &w, head, ndesc) < 0))
+		return -1;
+	vq->last_avail++;
+	return 1;
 }
 
 /* The chain at last_avail, which is known to be there. */
-static inline int split_take(struct virtqueue *vq, struct vhost_chain *c)
+static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq,
+							    struct vhost_chain *c)
 {
-	uint16_t head = READ_ONCE(vq->split.avail->ring[vq->last_avail & (vq->num - 1)]);
+	uint32_t num = vq->num, left = num;
+	uint16_t head = READ_ONCE(vq->split.avail->ring[vq->last_avail & (num - 1)]);
+	struct chain_walk w = chain_begin(vq, c);
 	uint32_t i = head;
 
-	if (unlikely(head >= vq->num))
-		return vq_fault(vq, VQ_HEAD_RANGE, head, head, vq->num);
+	if (unlikely(head >= num))
+		return vq_fault(vq, VQ_HEAD_RANGE, head, head, num);
 	if (unlikely(vq->slots[head].ndesc))
 		return vq_fault(vq, VQ_HEAD_BUSY, head, head, 0);
-	chain_reset(c);
-	c->id = head;
 	for (;;) {
 		struct raw_desc d = fetch_desc(&vq->split.desc[i]);
 
-		c->ndesc++;
-		if (d.third & VRING_DESC_F_INDIRECT) {
-			/* 2.7.5.3.2: it may come after direct ones, but ends the chain. */
-			if (walk_table(vq, c, &d))
-				return -1;
-			break;
-		}
-		if (unlikely(chain_add(vq, c, head, d.addr, d.len, d.third & VRING_DESC_F_WRITE)))
+		if (d.third & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, head, num - left + 1, d);
+		if (unlikely(chain_add(vq, c, &w, head, d.addr, d.len, d.third)))
 			return -1;
 		if (!(d.third & VRING_DESC_F_NEXT))
 			break;
 		i = d.fourth;
-		if (unlikely(i >= vq->num))
-			return vq_fault(vq, VQ_NEXT_RANGE, head, i, vq->num);
-		if (unlikely(c->ndesc == vq->num))
-			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, vq->num + 1, vq->num + 1);
+		if (unlikely(i >= num))
+			return vq_fault(vq, VQ_NEXT_RANGE, head, i, num);
+		if (unlikely(!--left))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, num + 1, num + 1);
 	}
-	if (unlikely(chain_out(vq, c) < 0))
+	if (unlikely(chain_out(vq, c, &w, head, num - left + 1) < 0))
 		return -1;
 	vq->last_avail++;
 	return 1;
@@ -147,14 +151,16 @@ void split_unpop(struct virtqueue *vq, uint16_t ndesc)
 	vq->last_avail--;
 }
 
-void split_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
+static inline void split_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
 {
-	struct vring_used_elem *e = &vq->split.used->ring[vq->staged & (vq->num - 1)];
-
 	(void)ndesc;
-	e->id = id;
-	e->len = written;
+	vq->split.used->ring[vq->staged & (vq->num - 1)] = (struct vring_used_elem){ id, written };
 	vq->staged++;
+}
+
+int split_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	return device_fill(vq, id, written, split_stage);
 }
 
 void split_flush(struct virtqueue *vq)

@@ -39,6 +39,18 @@ static uint32_t find_overlap(const struct guest_region *r, uint32_t n)
 	return 0;
 }
 
+static uint32_t choose_hint_shift(const struct guest_memory *mem)
+{
+	const struct guest_region *last = &mem->by_guest[mem->nregions - 1];
+	uint64_t end = last->guest_addr + (last->size - 1);
+	uint32_t shift = GUEST_MEMORY_HINT_SHIFT_MIN;
+
+	while (shift < GUEST_MEMORY_HINT_SHIFT_MAX &&
+	       (end >> shift) - (mem->by_guest->guest_addr >> shift) >= GUEST_MEMORY_HINTS)
+		shift++;
+	return shift;
+}
+
 int guest_memory_init(struct guest_memory *mem, const struct guest_region *regions, uint32_t n,
 		      uint32_t *bad)
 {
@@ -81,6 +93,8 @@ int guest_memory_init(struct guest_memory *mem, const struct guest_region *regio
 			return -EEXIST;
 		}
 	}
+	if (n)
+		mem->hint_shift = choose_hint_shift(mem);
 	return 0;
 }
 
@@ -107,7 +121,7 @@ void guest_memory_destroy(struct guest_memory *mem)
 
 const struct guest_region *guest_memory_search(struct guest_memory *mem, uint64_t guest_addr)
 {
-	uint32_t slot = (guest_addr >> GUEST_MEMORY_HINT_SHIFT) % GUEST_MEMORY_HINTS;
+	uint32_t slot = (guest_addr >> mem->hint_shift) % GUEST_MEMORY_HINTS;
 	uint32_t i = LAST_AT_OR_BELOW(mem->by_guest, guest_addr, guest_addr);
 
 	if (i == mem->nregions || guest_addr - mem->by_guest[i].guest_addr >= mem->by_guest[i].size)

@@ -17,8 +17,10 @@
 #include "barrier.h"
 
 #define GUEST_MEMORY_MAX_REGIONS 509u /* the kernel's vhost limit */
-#define GUEST_MEMORY_HINTS 256u
-#define GUEST_MEMORY_HINT_SHIFT 21
+#define GUEST_MEMORY_HINTS 2048u
+/* Stretches of 4 KiB to 128 MiB: beyond 256 GiB of address space, some share a hint. */
+#define GUEST_MEMORY_HINT_SHIFT_MIN 12u
+#define GUEST_MEMORY_HINT_SHIFT_MAX 27u
 
 struct guest_region {
 	uint64_t guest_addr;
@@ -31,8 +33,10 @@ struct guest_memory {
 	uint32_t nregions;
 	struct guest_region *by_guest; /* sorted by guest_addr */
 	struct guest_region *by_user;  /* sorted by user_addr */
-	/* Where the last look-up of an address with this hash ended. Only ever a guess, checked
-	 * before use, so threads may overwrite each other's (relaxed accesses). */
+	/* Which region the last look-up in this stretch of guest addresses ended in; stretches are
+	 * as long as it takes to have a hint for each. Only ever a guess, checked before use, so
+	 * threads may overwrite each other's (relaxed accesses). */
+	uint32_t hint_shift;
 	uint16_t hint[GUEST_MEMORY_HINTS];
 };
 
@@ -47,18 +51,24 @@ void guest_memory_destroy(struct guest_memory *mem);
 /* The region that holds the guest address, or NULL: the binary search behind the hint. */
 const struct guest_region *guest_memory_search(struct guest_memory *mem, uint64_t guest_addr);
 
+/* The region that holds the guest address most likely: to be checked. */
+static inline const struct guest_region *guest_memory_guess(const struct guest_memory *mem,
+							    uint64_t guest_addr)
+{
+	uint32_t slot = (guest_addr >> mem->hint_shift) % GUEST_MEMORY_HINTS;
+
+	return &mem->by_guest[READ_ONCE(mem->hint[slot])];
+}
+
 /*
  * Host pointer of a guest address, or NULL. *len goes in as the bytes wanted and comes out as the
  * bytes that lie contiguously in that one region, at most what was wanted.
  */
 static inline uint8_t *guest_memory_at(struct guest_memory *mem, uint64_t guest_addr, uint64_t *len)
 {
-	uint32_t slot = (guest_addr >> GUEST_MEMORY_HINT_SHIFT) % GUEST_MEMORY_HINTS;
-	const struct guest_region *r;
-	uint64_t off;
+	const struct guest_region *r = guest_memory_guess(mem, guest_addr);
+	uint64_t off = guest_addr - r->guest_addr;
 
-	r = &mem->by_guest[READ_ONCE(mem->hint[slot])];
-	off = guest_addr - r->guest_addr;
 	if (unlikely(off >= r->size)) {
 		r = guest_memory_search(mem, guest_addr);
 		if (!r)

@@ -14,7 +14,7 @@
 	int format##_pop(struct virtqueue *vq, struct vhost_chain *c);                             \
 	int format##_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n);          \
 	void format##_unpop(struct virtqueue *vq, uint16_t ndesc);                                 \
-	void format##_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc);  \
+	int format##_fill(struct virtqueue *vq, uint16_t id, uint32_t written);                    \
 	void format##_flush(struct virtqueue *vq);                                                 \
 	bool format##_should_notify(struct virtqueue *vq);                                         \
 	void format##_disable_notification(struct virtqueue *vq);                                  \

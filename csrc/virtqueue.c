@@ -114,7 +114,8 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 {
 	struct vq_slot *slot = &vq->slots[c->id];
 
-	if (c->id >= vq->num || !slot->ndesc || slot->done || slot->seq != vq->pops - 1)
+	/* One that is done has a seq beyond the mask. */
+	if (c->id >= vq->num || !slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
 		return -EINVAL;
 	FORMAT(vq, unpop)(vq, slot->ndesc);
 	vq->inuse -= slot->ndesc;
@@ -125,41 +126,9 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 	return 0;
 }
 
-static inline void stage(struct virtqueue *vq, uint16_t id, uint32_t written)
-{
-	struct vq_slot *slot = &vq->slots[id];
-	uint16_t ndesc = slot->ndesc;
-
-	slot->ndesc = 0;
-	vq->inuse -= ndesc;
-	FORMAT(vq, stage)(vq, id, written, ndesc);
-}
-
 int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 {
-	struct vq_slot *slot = &vq->slots[id];
-
-	if (unlikely(id >= vq->num || !slot->ndesc || slot->done))
-		return -EINVAL;
-	if (unlikely(written > slot->in_len))
-		return -ERANGE;
-	if (likely(!vq->in_order)) {
-		stage(vq, id, written);
-		return 0;
-	}
-	/* 2.7.9: used in the order in which they were made available. */
-	slot->written = written;
-	slot->done = true;
-	while (vq->order_count) {
-		uint16_t oldest = vq->order[vq->order_head];
-
-		if (!vq->slots[oldest].done)
-			break;
-		vq->order_head = vq->order_head + 1 < vq->num ? vq->order_head + 1 : 0;
-		vq->order_count--;
-		stage(vq, oldest, vq->slots[oldest].written);
-	}
-	return 0;
+	return FORMAT(vq, fill)(vq, id, written);
 }
 
 void virtqueue_flush(struct virtqueue *vq)

@@ -74,13 +74,15 @@ struct virtqueue_config {
 	bool packed, indirect, event_idx, in_order;
 };
 
-struct vq_slot { /* per head (split) or buffer id (packed) */
-	uint32_t in_len;
-	uint32_t written;
-	uint32_t seq;	/* of its pop: tells unpop whether it is the newest */
+/* Per head (split) or buffer id (packed); small, for the cache's sake. */
+struct vq_slot {
+	uint32_t len;	/* writable bytes of the chain; once done, bytes written */
 	uint16_t ndesc; /* ring slots; 0: not out */
-	bool done;	/* filled, waiting for its elders (in_order) */
+	uint16_t seq;	/* of its pop, modulo VQ_SEQ_MASK + 1: tells unpop whether it is the newest */
 };
+
+#define VQ_SEQ_MASK 0x7fffu /* no two chains that are out have the same: at most 32768 are */
+#define VQ_SLOT_DONE 0x8000u /* in seq: filled, waiting for its elders (in_order) */
 
 struct virtqueue {
 	struct guest_memory *mem;

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * What both formats do to a chain that is given back before it is staged in the ring. Here, and not in
+ * virtqueue.c, so that the format's staging is inlined into it.
+ */
+#ifndef VHOST_DEVICE_FILL_H
+#define VHOST_DEVICE_FILL_H
+
+#include <errno.h>
+
+#include "virtqueue.h"
+
+typedef void stage_fn(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc);
+
+/* The oldest of what is out: back in the ring, and no longer out. */
+static inline __attribute__((always_inline)) void device_stage(struct virtqueue *vq, uint16_t id,
+							       uint32_t written, stage_fn *stage)
+{
+	uint16_t ndesc = vq->slots[id].ndesc;
+
+	vq->slots[id].ndesc = 0;
+	vq->inuse -= ndesc;
+	stage(vq, id, written, ndesc);
+}
+
+static inline __attribute__((always_inline)) int device_fill(struct virtqueue *vq, uint16_t id,
+							     uint32_t written, stage_fn *stage)
+{
+	struct vq_slot *slot = &vq->slots[id];
+
+	if (unlikely(id >= vq->num || !slot->ndesc || slot->seq & VQ_SLOT_DONE))
+		return -EINVAL;
+	if (unlikely(written > slot->len))
+		return -ERANGE;
+	if (likely(!vq->in_order)) {
+		device_stage(vq, id, written, stage);
+		return 0;
+	}
+	/* 2.7.9: used in the order in which they were made available. */
+	slot->len = written;
+	slot->seq |= VQ_SLOT_DONE;
+	while (vq->order_count) {
+		uint16_t oldest = vq->order[vq->order_head];
+
+		if (!(vq->slots[oldest].seq & VQ_SLOT_DONE))
+			break;
+		vq->order_head = vq->order_head + 1 < vq->num ? vq->order_head + 1 : 0;
+		vq->order_count--;
+		device_stage(vq, oldest, vq->slots[oldest].len, stage);
+	}
+	return 0;
+}
+
+#endif
