@@ -30,9 +30,9 @@ class Holdings:
 
 def open_fds() -> dict[int, str]:
     found = {}
-    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - the numbers are wanted, not paths
+    for entry in os.listdir("/proc/self/fd"):
         try:
-            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")  # noqa: PTH115
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
         except FileNotFoundError:
             continue  # the descriptor by which the directory itself was listed
     return found
@@ -49,7 +49,7 @@ def shared_maps() -> Counter[str]:
 
 
 def holdings() -> Holdings:
-    tasks = os.listdir("/proc/self/task")  # noqa: PTH208
+    tasks = os.listdir("/proc/self/task")
     return Holdings(open_fds(), shared_maps(), frozenset(tasks))
 
 

@@ -50,7 +50,7 @@ def test_allocated_memory_is_zero_shared_and_cannot_change_its_size() -> None:
     assert (memory.size, memory.guest_addr, memory.mmap_offset) == (3 * PAGE, 0x1000, 0)
     assert memory.user_addr == memory.host_addr != 0
     assert bytes(memory) == bytes(3 * PAGE)
-    assert "a name" in os.readlink(f"/proc/self/fd/{memory.fd}")  # noqa: PTH115
+    assert "a name" in os.readlink(f"/proc/self/fd/{memory.fd}")
     memoryview(memory)[5] = 77
     assert os.pread(memory.fd, 1, 5) == b"\x4d"
     for size in (PAGE, 4 * PAGE):

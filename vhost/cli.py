@@ -47,7 +47,8 @@ def size(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="vhost", description="vhost for Python: serve, probe and drive virtio devices.")
+    about = "vhost for Python: serve, probe and drive virtio devices."
+    top = argparse.ArgumentParser(prog="vhost", description=about)
     top.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice: every message")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -58,14 +59,14 @@ def parser() -> argparse.ArgumentParser:
     for device in (blk, rng):
         where = device.add_mutually_exclusive_group()
         where.add_argument("--socket-path", metavar="PATH", help="listen on this Unix socket")
-        where.add_argument("--fd", type=int, metavar="FDNUM", help="serve the socket inherited as this descriptor")
+        where.add_argument("--fd", type=int, metavar="FDNUM", help="serve this inherited socket")
         device.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
     blk.add_argument("--blk-file", metavar="PATH", help="file or block device to serve")
-    blk.add_argument("--null-size", type=size, metavar="BYTES", help="serve a null device of this size instead")
+    blk.add_argument("--null-size", type=size, metavar="BYTES", help="serve a null device instead")
     blk.add_argument("--read-only", action="store_true", help="refuse writes")
     blk.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues offered (default 1)")
     blk.add_argument("--queue-size", type=int, default=1024, metavar="N", help="largest ring (default 1024)")
-    blk.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one a queue, up to the CPUs)")
+    blk.add_argument("--threads", type=int, metavar="N", help="workers (default: one a queue or CPU)")
     blk.add_argument("--serial", default="", help="what GET_ID answers, at most 20 bytes")
     blk.add_argument("--share", action="store_true", help="let several sessions write at the same time")
     blk.set_defaults(factory=blk_factory)
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="show what a back-end offers")
     probe.add_argument("socket", metavar="SOCKET")
     probe.add_argument("--json", action="store_true", help="as JSON")
-    probe.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each answer (default 5)")
+    probe.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default 5")
     probe.set_defaults(run=run_probe)
 
     messages = commands.add_parser("messages", help="show the table of vhost-user messages")
@@ -83,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
     messages.set_defaults(run=run_messages)
 
     demo = commands.add_parser("demo", help="serve a disk and drive it from another process, no VM needed")
-    demo.add_argument("--size", type=size, default=64 << 20, metavar="BYTES", help="of the disk (default 64M)")
-    demo.add_argument("--seconds", type=float, default=2.0, metavar="N", help="of measuring per depth (default 2)")
+    demo.add_argument("--size", type=size, default=64 << 20, metavar="BYTES", help="disk size (default 64M)")
+    demo.add_argument("--seconds", type=float, default=2.0, metavar="N", help="measure this long (default 2)")
     demo.set_defaults(run=run_demo)
     return top
 
@@ -158,10 +159,11 @@ def run_serve(args: argparse.Namespace) -> int:
         wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup,
         Server(factory, args.socket_path, fd=args.fd) as server,
     ):
-        print(f"vhost: serving {args.device} on {args.socket_path or f'fd {args.fd}'}", file=sys.stderr, flush=True)
+        where = args.socket_path or f"fd {args.fd}"
+        print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
         while not server.closed:
-            ready, _, _ = select.select([server.fileno(), wakeup], [], [])
-            if wakeup in ready:
+            ready, _, _ = select.select([server.fileno(), wakeup.fileno()], [], [])
+            if wakeup.fileno() in ready:
                 caught = set(wakeup.recv(64))
                 if caught & {signal.SIGTERM, signal.SIGINT}:
                     break
@@ -197,7 +199,8 @@ def run_messages(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     from vhost.demo import demo
 
-    return demo(size=args.size, seconds=args.seconds)
+    demo(size=args.size, seconds=args.seconds)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -112,7 +112,7 @@ def test_descriptors_stay_with_their_message(no_leaks: None) -> None:
         owner, table, features = expect(back), expect(back), expect(back)
         assert (owner.fds, features.fds) == ([], [])
         assert len(table.fds) == 2
-        assert all(os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in table.fds)  # noqa: PTH115
+        assert all(os.readlink(f"/proc/self/fd/{fd}") == "/dev/null" for fd in table.fds)
         table.close()
 
 

@@ -242,6 +242,6 @@ def _lock(path: str, read_only: bool, block_device: bool) -> int:
         if fd >= 0:
             os.close(fd)
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EBUSY):
-            raise DeviceBusy(f"{path} is in use by another session (share=True or --share allows it)") from None
+            raise DeviceBusy(f"{path} is in use by another session (--share allows that)") from None
         raise
     return fd

@@ -195,7 +195,8 @@ class Blk(Driver):
                     raise done.error
                 return done.data or b""
             if deadline is not None and time.monotonic() >= deadline:
-                raise ReplyTimeout(f"{kind.name} of {count} sectors at {sector}: no answer in {self.timeout} s")
+                what = f"{kind.name} of {count} sectors at {sector}"
+                raise ReplyTimeout(f"{what}: no answer in {self.timeout} s")
 
     # -- many at a time ----------------------------------------------------------------------------
 

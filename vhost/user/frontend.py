@@ -276,7 +276,8 @@ class Frontend(VhostOps):
     def get_vring_base(self, index: int) -> int:
         reply = self._get(F.GET_VRING_BASE, VringState(index, 0))
         if reply.index != index:
-            raise InvalidMessage(f"answer for ring {reply.index}, asked for {index}", request="GET_VRING_BASE")
+            text = f"answer for ring {reply.index}, asked for {index}"
+            raise InvalidMessage(text, request="GET_VRING_BASE")
         return int(reply.num)
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:

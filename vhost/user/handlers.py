@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
 from vhost.errors import IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidQueue, InvalidState
 from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
@@ -228,7 +229,7 @@ class Handlers(ABC):
 
     def _replace_memory(self, memory: GuestMemory) -> None:
         with self._paused(*self.rings):
-            moved = []
+            moved: list[DeviceQueue] = []
             for ring in self.rings:
                 if ring.queue is None:
                     continue
