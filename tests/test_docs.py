@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The examples of README.md and docs/ are run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vhost
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 1 << 20
+
+
+def examples(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def test_entropy_source_and_frontend_of_the_readme(tmp_path: Path, image: Path) -> None:
+    entropy, client = examples("README.md")
+    assert len(entropy.strip().splitlines()) <= 15
+    path = tmp_path / "rng.sock"
+    server = subprocess.Popen([sys.executable, "-c", entropy.replace("/tmp/rng.sock", str(path))])
+    try:
+        with vhost.Frontend.connect(path, retry=20) as frontend, vhost.drivers.Rng(frontend) as rng:
+            first, second = rng.read(64), rng.read(64)
+        assert len(first) == len(second) == 64
+        assert first != second
+    finally:
+        server.terminate()
+        server.wait()
+
+    path = tmp_path / "disk.sock"
+    command = [sys.executable, "-m", "vhost", "serve", "blk", "--socket-path", str(path)]
+    server = subprocess.Popen([*command, "--blk-file", str(image)])
+    try:
+        vhost.Frontend.connect(path, retry=20).close()
+        code = "import vhost\n" + client.replace("/tmp/disk.sock", str(path))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{SIZE // 512} b'")
+    finally:
+        server.terminate()
+        assert server.wait() == 0
+
+
+def test_own_loop(image: Path) -> None:
+    code = examples("docs/embedding.md")[0]
+    ours, theirs = socket.socketpair()
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, str(image), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
+    with vhost.Frontend(ours) as frontend, vhost.drivers.Blk(frontend) as disk:
+        disk.write(3, b"\xa5" * 512)
+        assert disk.read(2, 3) == bytes(512) + b"\xa5" * 512 + bytes(512)
+    assert server.wait() == 0
+    assert image.read_bytes()[1536:2048] == b"\xa5" * 512
+
+
+def test_asyncio(tmp_path: Path, image: Path) -> None:
+    code = examples("docs/embedding.md")[1]
+    command = [sys.executable, "-c", code, str(image), str(tmp_path / "disk.sock")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "read back 4096 bytes {90}\n"
+    assert image.read_bytes()[:4096] == b"\x5a" * 4096
