@@ -30,6 +30,8 @@ RINGS = (
 )
 PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
 ROLES = (*RINGS, *PROTOCOL, "vhost.user.transport", "vhost.ops", "vhost.user.rings", "vhost.devices.base")
+# What a device and its driver both put on the wire: data, below either.
+WIRE = ("vhost.virtio_blk",)
 ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
@@ -48,10 +50,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.user.session": PROTOCOL[:5],
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
-    "vhost.devices": (*RINGS, "vhost.devices"),
-    "vhost.drivers": (*RINGS, "vhost.ops", "vhost.drivers"),
+    "vhost.virtio_blk": LOWEST,
+    "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
+    "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
+    "vhost.probe": (*ROLES, *WIRE, "vhost.user"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,
