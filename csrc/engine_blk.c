@@ -27,6 +27,8 @@
 #define SPIN_MAX_NS 32000u
 #define SPIN_START_NS 4000u
 #define SPIN_LOOKS 32 /* between two looks at the clock */
+#define SPIN_FUTILE 8 /* as many in vain, one after the other, and we let it be ... */
+#define SPIN_REST 512 /* ... for as many sleeps */
 
 static uint64_t now_ns(void)
 {
@@ -180,6 +182,8 @@ static bool spin(struct blk_worker *w)
 		} while (!found && now_ns() < until);
 	}
 	__atomic_sub_fetch(&e->spinners, 1, __ATOMIC_RELAXED);
+	if (found)
+		w->futile = 0;
 	return found;
 }
 
@@ -198,10 +202,29 @@ static bool rearm(struct blk_worker *w)
 }
 
 /*
- * Sleeps until a kick, or a change of the list. The time that it took decides how long the next wait
- * looks before it sleeps: requests that come within SPIN_MAX_NS are worth looking for, a long sleep
- * says that the device is idle.
+ * What a sleep of that length says about looking before the next one: requests that come within
+ * SPIN_MAX_NS are worth looking for, a long sleep says that the device is idle. And where we looked for
+ * long and found nothing, yet the kick came soon after we slept, the driver most likely had to wait for
+ * our CPU. We cannot see where it may run, so this is found out by trial.
  */
+static void learn(struct blk_worker *w, uint64_t slept)
+{
+	uint32_t max = w->engine->max_spin_ns;
+
+	if (slept > SPIN_MAX_NS) {
+		w->spin_ns = 0;
+	} else if (w->rest) {
+		w->rest--;
+	} else if (w->spin_ns < max) {
+		w->spin_ns = w->spin_ns ? w->spin_ns * 2 : SPIN_START_NS;
+	} else if (max && ++w->futile >= SPIN_FUTILE) {
+		w->futile = 0;
+		w->spin_ns = 0;
+		w->rest = SPIN_REST;
+	}
+}
+
+/* Sleeps until a kick, or a change of the list. */
 static void sleep_until_kick(struct blk_worker *w)
 {
 	struct epoll_event events[8];
@@ -217,10 +240,7 @@ static void sleep_until_kick(struct blk_worker *w)
 	for (i = 0; i < n; i++)
 		if (!events[i].data.ptr && read(w->wake, &one, sizeof(one)) < 0 && errno != EAGAIN)
 			continue; /* `wake` is ours and an eventfd: cannot happen */
-	if (now_ns() - start > SPIN_MAX_NS)
-		w->spin_ns = 0;
-	else if (w->spin_ns < w->engine->max_spin_ns)
-		w->spin_ns = w->spin_ns ? w->spin_ns * 2 : SPIN_START_NS;
+	learn(w, now_ns() - start);
 }
 
 /* Takes in and hands back queues. False when none is left: the thread ends. */
@@ -266,7 +286,7 @@ static void *worker_main(void *arg)
 	struct blk_queue *q;
 	bool busy;
 
-	w->spin_ns = 0;
+	w->spin_ns = w->futile = w->rest = 0;
 	w->repairs = LOAD_ACQUIRE(*w->engine->repairs);
 	for (;;) {
 		if (__atomic_load_n(&w->changed, __ATOMIC_RELAXED) && !change(w))
@@ -389,22 +409,28 @@ static void worker_destroy(struct blk_worker *w)
 		close(w->wake);
 }
 
-static unsigned usable_cpus(void)
+/* One CPU is left to the driver, which may use those that we may not, too. */
+static unsigned cpus_to_spin_on(void)
 {
+	long online = sysconf(_SC_NPROCESSORS_ONLN);
+	unsigned ours = 1;
 	cpu_set_t set;
 
-	return sched_getaffinity(0, sizeof(set), &set) ? 1 : (unsigned)CPU_COUNT(&set);
+	if (!sched_getaffinity(0, sizeof(set), &set))
+		ours = (unsigned)CPU_COUNT(&set);
+	if (online < 2)
+		return 0;
+	return ours < (unsigned)online ? ours : (unsigned)online - 1;
 }
 
 int blk_engine_init(struct blk_engine *e, unsigned nworkers, const char *name, const int *repairs)
 {
-	unsigned cpus = usable_cpus();
 	int rc;
 
 	memset(e, 0, sizeof(*e));
 	snprintf(e->name, sizeof(e->name), "%s", name);
-	e->max_spinners = cpus - 1;
-	e->max_spin_ns = cpus > 1 ? SPIN_MAX_NS : 0;
+	e->max_spinners = cpus_to_spin_on();
+	e->max_spin_ns = e->max_spinners ? SPIN_MAX_NS : 0;
 	e->repairs = repairs;
 	e->notice = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (e->notice < 0)

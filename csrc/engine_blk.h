@@ -47,7 +47,9 @@ struct blk_worker {
 	struct blk_queue *incoming; /* under the lock */
 	bool changed;		    /* atomic: look at `incoming` and for `leaving` */
 	struct blk_queue *queues;   /* the thread's own */
-	uint32_t spin_ns;	    /* the thread's own: how long looking pays off at present */
+	/* The thread's own: how long looking pays off at present, how often at full length it did not,
+	 * and for how many sleeps we do not look at all. */
+	uint32_t spin_ns, futile, rest;
 	int repairs;		    /* the thread's own: how many it has told of */
 	struct vhost_chain chains[BLK_BATCH];
 };
