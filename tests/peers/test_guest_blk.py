@@ -157,3 +157,18 @@ def test_reset(setup: Setup, iocheck: Path) -> None:
     assert bool(features & VirtioF.RING_PACKED) == setup.packed
     setup.guest.run(f"iocheck write /dev/vda 9 {AFTER_RESET} {8 * MIB}")
     run(iocheck, "verify", setup.disk, "9", str(AFTER_RESET), str(8 * MIB))
+
+
+def test_read_only(boot: Boot, iocheck: Path, tmp_path: Path) -> None:
+    """With the longest ring that QEMU makes."""
+    disk = make_disk(tmp_path / "disk.raw", 16 * MIB)
+    run(iocheck, "write", disk, "3", "0", str(16 * MIB))
+    with (
+        Serve("blk", tmp_path / "s", "--blk-file", str(disk), "--read-only") as serve,
+        boot(vhost_user_blk(serve.path, queue_size=1024, packed=True)) as guest,
+    ):
+        assert guest.features() & BlkF.RO
+        assert guest.read("/sys/block/vda/ro") == "1"
+        guest.run(f"iocheck verify /dev/vda 3 0 {16 * MIB}")
+        assert guest.run("dd if=/dev/zero of=/dev/vda bs=4096 count=1 conv=notrunc", check=False).code != 0
+        run(iocheck, "verify", disk, "3", "0", str(16 * MIB))
