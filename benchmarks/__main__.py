@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import harness
 
-SUITES = ("ring", "block")
+SUITES = ("ring", "session", "block")
 
 
 def main(argv: list[str]) -> int:

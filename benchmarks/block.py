@@ -94,8 +94,9 @@ class Backend:
         self.once = once  # serves one connection, on a listening socket that it inherits
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        core = harness.cores()[1]
+    def start(self, core: int | None = None) -> None:
+        if core is None:
+            core = harness.cores()[1]
         listener = None
         argument = str(self.path)
         self.path.unlink(missing_ok=True)
@@ -230,6 +231,10 @@ def ours(device: str, file: Path) -> Command:
     return lambda path: [sys.executable, "-m", "vhost", "serve", "blk", "--socket-path", path, *disk]
 
 
+def contrib(file: Path) -> Command:
+    return lambda fd: [str(catalogue.CONTRIB_BLK), f"--fd={fd}", "-b", str(file)]
+
+
 Found = dict[str, list[Backend]]
 
 
@@ -255,11 +260,7 @@ def backends(
             elif missing := catalogue.PEERS["contrib-vhost-user-blk"].missing():
                 notes.append(f"{device}: without {CONTRIB}: {missing} (tests/install_peers.py --bench)")
             else:
-
-                def contrib(fd: str) -> list[str]:
-                    return [str(catalogue.CONTRIB_BLK), f"--fd={fd}", "-b", str(file)]
-
-                list_.append(Backend(CONTRIB, contrib, scratch / f"contrib{i}", once=True))
+                list_.append(Backend(CONTRIB, contrib(file), scratch / f"contrib{i}", once=True))
         for list_ in found.values():
             for backend in list_:
                 if not backend.once:

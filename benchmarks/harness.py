@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,16 @@ def pin(cores: Iterable[int]) -> None:
     wanted = set(cores) & os.sched_getaffinity(0)
     if wanted:
         os.sched_setaffinity(0, wanted)
+
+
+@contextlib.contextmanager
+def pinned_to(core: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    pin([core])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def cores() -> tuple[int, int]:

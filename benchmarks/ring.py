@@ -19,8 +19,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -314,16 +313,6 @@ def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
     return measure
 
 
-@contextmanager
-def pinned_to(core: int) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    harness.pin([core])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 Key = tuple[str, int, int, str]  # format, regions, batch, case
 
 
@@ -380,7 +369,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     batches = (32,) if quick else BATCHES
     lib = build()
     harness.raise_fd_limit()
-    with pinned_to(harness.cores()[1]):
+    with harness.pinned_to(harness.cores()[1]):
         calibration = harness.Calibration()
         cases = make_cases(lib, regions, batches)
         results = harness.interleave(

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What talking vhost-user costs: set-up of a session, and round trips of single messages.
+
+Our front-end against our back-end (`python -m vhost serve`, another process) and against the back-ends
+that nobody here wrote, beside a bare socket ping-pong in C with the same message sizes. Both processes
+share one core: on two cores the time is that of waking the other core, which hides the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import block, harness
+from benchmarks.harness import Aim, Samples
+from vhost.features import VirtioF
+from vhost.memory import GuestMemory, Region
+from vhost.user.frontend import Frontend
+from vhost.user.messages import FrontendMsg
+from vhost.virtqueue import DriverQueue
+
+HERE = Path(__file__).parent
+RNG, BLK = "ours, serve rng", "ours, serve blk"
+BARE = "bare socket, C"
+BARE_PYTHON = "bare socket, Python"
+NUM = 256
+SETUP = "session set-up"
+
+Steps = list[tuple[int, int]]  # sizes of request and reply
+
+
+class Step(ctypes.Structure):
+    _fields_ = [("request", ctypes.c_uint32), ("reply", ctypes.c_uint32)]
+
+
+# ---------------------------------------------------------------- the bare ping-pong
+
+
+def build(scratch: Path) -> ctypes.CDLL:
+    library = scratch / "session_floor.so"
+    source = HERE / "session_floor.c"
+    subprocess.run(["gcc", "-O2", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
+    lib = ctypes.CDLL(str(library))
+    u32, u64, path = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_char_p
+    steps = ctypes.POINTER(Step)
+    lib.floor_serve.argtypes = [ctypes.c_int, steps, u32]
+    for function in (lib.floor_round_trips, lib.floor_sessions):
+        function.restype, function.argtypes = u64, [path, steps, u32, u32]
+    return lib
+
+
+def serve_python(listener: socket.socket, steps: Steps) -> None:
+    while True:
+        peer, _ = listener.accept()
+        with peer:
+            i = 0
+            while peer.recv(steps[i][0]):
+                if steps[i][1]:
+                    peer.send(bytes(steps[i][1]))
+                i = (i + 1) % len(steps)
+
+
+class Bare:
+    """A child that answers ping-pong with given sizes, and our side of it."""
+
+    def __init__(self, lib: ctypes.CDLL, path: Path, steps: Steps, *, python: bool = False) -> None:
+        self.lib, self.path, self.steps, self.python = lib, path, steps, python
+        self.c_steps = (Step * len(steps))(*steps)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            self.pid = os.fork()
+            if self.pid == 0:
+                try:
+                    os.setsid()
+                    harness.autogroup_first()
+                    if python:
+                        serve_python(listener, steps)
+                    lib.floor_serve(listener.fileno(), self.c_steps, len(steps))
+                finally:
+                    os._exit(1)
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def round_trip(self, rounds: int) -> float:
+        """Microseconds for all steps, on one connection."""
+        if self.python:
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(self.path))
+                self._talk(peer)
+                start = time.perf_counter_ns()
+                for _ in range(rounds):
+                    self._talk(peer)
+                return (time.perf_counter_ns() - start) / 1e3 / rounds
+        ns = self.lib.floor_round_trips(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
+        if not ns:
+            raise RuntimeError("the bare ping-pong failed")
+        return ns / 1e3 / rounds
+
+    def _talk(self, peer: socket.socket) -> None:
+        for request, reply in self.steps:
+            peer.send(bytes(request))
+            if reply:
+                peer.recv(reply)
+
+    def session(self, rounds: int) -> float:
+        """Microseconds for a conversation on a connection of its own."""
+        if self.python:
+            start = time.perf_counter_ns()
+            for _ in range(rounds):
+                with socket.socket(socket.AF_UNIX) as peer:
+                    peer.connect(str(self.path))
+                    self._talk(peer)
+            return (time.perf_counter_ns() - start) / 1e3 / rounds
+        ns = self.lib.floor_sessions(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
+        if not ns:
+            raise RuntimeError("the bare ping-pong failed")
+        return ns / 1e3 / rounds
+
+
+# ---------------------------------------------------------------- our front-end
+
+
+class Recorder(socket.socket):
+    """A socket that notes how many bytes go which way."""
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.steps: Steps = []
+
+    def sendmsg(self, *arguments: Any) -> int:
+        sent = super().sendmsg(*arguments)
+        self.steps.append((sent, 0))
+        return sent
+
+    def send(self, *arguments: Any) -> int:
+        sent = super().send(*arguments)
+        self.steps.append((sent, 0))
+        return sent
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        received = super().recvmsg(*arguments)
+        request, reply = self.steps[-1]
+        self.steps[-1] = (request, reply + len(received[0]))
+        return received
+
+
+class Setup:
+    """What a driver does from connecting to a running ring, with memory and eventfds made before."""
+
+    def __init__(self) -> None:
+        layout = DriverQueue.layout(NUM, packed=False)
+        region = Region.allocate(1 << 20, guest_addr=1 << 32)
+        self.memory = GuestMemory([region])
+        self.areas = [region.guest_addr + at for at in (layout.desc, layout.avail, layout.used)]
+        self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+
+    def start(self, frontend: Frontend) -> None:
+        frontend.set_features(frontend.get_features() & VirtioF.VERSION_1)
+        frontend.get_queue_num()
+        frontend.set_mem_table(self.memory)
+        frontend.set_vring_num(0, NUM)
+        frontend.set_vring_base(0, 0)
+        frontend.set_vring_addr(0, *self.areas)
+        frontend.set_vring_call(0, self.call)
+        frontend.set_vring_kick(0, self.kick)
+        frontend.set_vring_enable(0, True)
+
+    def sessions(self, path: Path, rounds: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(rounds):
+            with Frontend.connect(path) as frontend:
+                self.start(frontend)
+        return (time.perf_counter_ns() - start) / 1e3 / rounds
+
+    def record(self, path: Path) -> Steps:
+        recorder = Recorder()
+        recorder.connect(str(path))
+        with Frontend(recorder) as frontend:
+            self.start(frontend)
+        return recorder.steps
+
+
+def get_features(frontend: Frontend) -> None:
+    """The method answers from memory: this is the message."""
+    frontend.transport.call(frontend.session.request(FrontendMsg.GET_FEATURES), 10)
+
+
+CALLS: dict[str, Callable[[Frontend], object]] = {
+    "GET_FEATURES": get_features,
+    "GET_QUEUE_NUM": Frontend.get_queue_num,
+    "SET_VRING_NUM, ack": lambda frontend: frontend.set_vring_num(0, NUM),
+    "GET_CONFIG, 60 bytes": lambda frontend: frontend.get_config(0, 60),
+}
+
+
+def call_sizes(path: Path) -> dict[str, Steps]:
+    recorder = Recorder()
+    recorder.connect(str(path))
+    single: dict[str, Steps] = {}
+    with Frontend(recorder) as frontend:
+        for name, call in CALLS.items():
+            recorder.steps.clear()
+            call(frontend)
+            single[name] = list(recorder.steps)
+            if len(single[name]) != 1 or not single[name][0][1]:
+                raise RuntimeError(f"{name} is not one round trip: {single[name]}")
+    return single
+
+
+def round_trips_at(path: Path, call: Callable[[Frontend], object], rounds: int) -> float:
+    """On a connection of its own, for the sake of back-ends that serve one at a time."""
+    with Frontend.connect(path) as frontend:
+        call(frontend)
+        return round_trips(frontend, call, rounds)
+
+
+def round_trips(frontend: Frontend, call: Callable[[Frontend], object], rounds: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(rounds):
+        call(frontend)
+    return (time.perf_counter_ns() - start) / 1e3 / rounds
+
+
+# ---------------------------------------------------------------- measuring
+
+Key = tuple[str, str]  # what, against whom
+
+
+def backends(scratch: Path, notes: list[str]) -> Iterator[block.Backend]:
+    serve = [sys.executable, "-m", "vhost", "serve"]
+    yield block.Backend(RNG, lambda path: [*serve, "rng", "--socket-path", path], scratch / "rng")
+    yield block.Backend(BLK, block.ours(block.NULL, scratch), scratch / "blk")
+    if missing := block.catalogue.PEERS["qsd"].missing():
+        notes.append(f"without {block.QSD}: {missing}")
+    else:
+        qsd = block.qsd_modes(block.NULL, scratch)["null-co, main loop"]
+        yield block.Backend(block.QSD, qsd, scratch / "qsd")
+    if missing := block.catalogue.PEERS["contrib-vhost-user-blk"].missing():
+        notes.append(f"without {block.CONTRIB}: {missing} (tests/install_peers.sh --bench)")
+    else:
+        disk = scratch / "disk"
+        disk.write_bytes(bytes(1 << 20))
+        yield block.Backend(block.CONTRIB, block.contrib(disk), scratch / "contrib", once=True)
+
+
+def make_cases(
+    stack: contextlib.ExitStack, scratch: Path, notes: list[str]
+) -> dict[Key, Callable[[], float]]:
+    lib, setup = build(scratch), Setup()
+    found = list(backends(scratch, notes))
+    for backend in found:
+        stack.callback(backend.stop)
+        backend.start(core=harness.cores()[1])
+    sizes = {SETUP: setup.record(found[0].path), **call_sizes(found[1].path)}
+    notes.append(f"{SETUP}: {len(sizes[SETUP])} messages, connecting and closing included")
+
+    bare: dict[Key, Bare] = {}
+    for i, (what, steps) in enumerate(sizes.items()):
+        for name in (BARE, BARE_PYTHON):
+            python = name == BARE_PYTHON
+            bare[what, name] = Bare(lib, scratch / f"bare{i}{python:d}", steps, python=python)
+            stack.callback(bare[what, name].close)
+
+    cases: dict[Key, Callable[[], float]] = {}
+    for what in sizes:
+        for name in (BARE, BARE_PYTHON):
+            pong = bare[what, name]
+            measure = (
+                functools.partial(pong.session, 20)
+                if what == SETUP
+                else functools.partial(pong.round_trip, 200)
+            )
+            cases[what, name] = measure
+        for backend in found:
+            if what == SETUP and not backend.once:
+                cases[what, backend.name] = functools.partial(setup.sessions, backend.path, 5)
+    for backend in found:
+        if backend.once:
+            frontend = stack.enter_context(Frontend.connect(backend.path))
+            trips = functools.partial(round_trips, frontend)
+        else:
+            trips = functools.partial(round_trips_at, backend.path)
+        for what, call in CALLS.items():
+            if backend.name == RNG and what.startswith("GET_CONFIG"):
+                continue  # an entropy source has no configuration space
+            cases[what, backend.name] = functools.partial(trips, call, 50)
+    return {key: cases[key] for key in sorted(cases, key=lambda key: list(sizes).index(key[0]))}
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-")))
+        stack.enter_context(harness.pinned_to(harness.cores()[1]))
+        cases = make_cases(stack, scratch, notes)
+        calibration = harness.Calibration()
+        results = harness.interleave(
+            cases,
+            9 if quick else 25,
+            calibration,
+            budget=15 if quick else 40,
+            progress=harness.show_progress("session"),
+        )
+    return report(results, notes)
+
+
+def report(results: dict[Key, Samples], notes: list[str]) -> dict[str, Any]:
+    columns = list(dict.fromkeys(name for _, name in results))
+    rows, judged = [], []
+    for what in dict.fromkeys(what for what, _ in results):
+        cells = [results.get((what, name), Samples()) for name in columns]
+        spread = max(samples.spread() for samples in cells if samples.values) * 100
+        rows.append([what, *(harness.number(samples.median()) for samples in cells), f"{spread:.0f}"])
+        for ours in (RNG, BLK):
+            if (what, ours) in results:
+                pair = harness.ratio(results[what, ours], results[what, BARE])
+                judged.append((Aim(f"{what}: {ours} / {BARE}", 3.0), pair))
+    title = "our front-end against back-ends; both processes on one core; +-: worst MAD"
+    print(harness.table(["microseconds", *columns, "+-%"], rows, title))
+    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged]))
+    for note in notes:
+        print(note)
+    return {
+        "microseconds": [
+            {"what": what, "against": name, **samples.as_json()} for (what, name), samples in results.items()
+        ],
+        "aims": [aim.as_json(samples) for aim, samples in judged],
+        "notes": notes,
+    }
