@@ -108,8 +108,9 @@ class Backend(Handlers):
         return not self.closed
 
     def _fail(self, error: Exception) -> None:
-        log.warning("session of %s ends: %s", type(self.device).__name__, error)
-        self.error = error
+        log.warning("session of %s ends: %s", type(self.device).__name__, str(error))
+        # Without the frames that it passed, which would keep the front-end's memory mapped.
+        self.error = error.with_traceback(None)
         self.close()
 
     def _talk(self, events: int) -> None:
@@ -150,7 +151,7 @@ class Backend(Handlers):
         refusal = self.session.ack(message, 1)
         if refusal is None:
             raise error
-        log.warning("refused: %s", error)
+        log.warning("refused: %s", str(error))
         self.transport.send(refusal)
 
     def _watch_output(self) -> None:
@@ -189,7 +190,7 @@ class Backend(Handlers):
         try:
             self.device.handle(ring.queue)
         except QueueBroken as error:
-            log.warning("ring broken: %s", error)
+            log.warning("ring broken: %s", str(error))
         self._check_memory()
         self._update_polling()
 
@@ -249,7 +250,7 @@ class Backend(Handlers):
             while (message := self.channel.receive()) is not None:
                 message.close()
         except ProtocolError as error:
-            log.info("back-end channel ends: %s", error)
+            log.info("back-end channel ends: %s", str(error))
             self._drop_channel()
 
     # -- the end -----------------------------------------------------------------------------------
