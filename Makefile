@@ -29,7 +29,9 @@ $(VENV)/built: $(SOURCES) $(VENV)/made
 	touch $@
 
 $(VENV)/tools: $(VENV)/built
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,lint]' build
+	$(BIN)/pip install -q --disable-pip-version-check build $$($(BIN)/python -c 'import tomllib; \
+	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	    print(*extras["test"], *extras["lint"])')
 	touch $@
 
 demo: $(VENV)/built

@@ -57,7 +57,13 @@ def say(text: str) -> None:
 def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """Run a command; its output is shown only when it fails, all of it."""
     done = subprocess.run(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     if done.returncode:
         raise SystemExit(f"peers: {' '.join(command)}: exit {done.returncode}\n{done.stdout}")
@@ -105,7 +111,8 @@ class Apt:
             'APT::Sandbox::User "root";\n'
             'Acquire::Retries "3";\n'
         )
-        self.env = {**os.environ, "APT_CONFIG": str(config), "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
+        self.env = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"}
+        self.env["DEBIAN_FRONTEND"] = "noninteractive"
         say("apt-get update (lists of our own)")
         self("update")
         release = codename()

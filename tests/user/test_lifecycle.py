@@ -56,9 +56,10 @@ class Guest:
         self.map = mmap.mmap(raw.memfd, h.SIZE)
         self.idx = 0
 
-    def offer(self, *, addr: int = h.GUEST + DATA, length: int = 64, flags: int = 2, head: int | None = None) -> None:
-        head = self.idx % h.NUM if head is None else head
-        struct.pack_into("<QIHH", self.map, head % h.NUM * 16, addr, length, flags, 0)
+    def offer(self, *, addr: int = h.GUEST + DATA) -> None:
+        """64 writable bytes."""
+        head = self.idx % h.NUM
+        struct.pack_into("<QIHH", self.map, head * 16, addr, 64, 2, 0)
         struct.pack_into("<H", self.map, AVAIL + 4 + self.idx % h.NUM * 2, head)
         self.idx += 1
         struct.pack_into("<H", self.map, AVAIL + 2, self.idx & 0xFFFF)
@@ -271,7 +272,9 @@ TOP = (1 << 64) - 4096
     ids=["none", "empty", "wraps", "user wraps", "beyond", "offset wraps", "huge", "overlap", "user overlap",
          "twice", "many"],
 )  # fmt: skip
-def test_tables_that_are_refused(path: Path, no_leaks: None, regions: list[tuple[int, int, int, int]]) -> None:
+def test_tables_that_are_refused(
+    path: Path, no_leaks: None, regions: list[tuple[int, int, int, int]]
+) -> None:
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         raw.negotiate()
         descriptors = [raw.memfd] * len(regions)
@@ -378,7 +381,8 @@ def test_memory_that_is_truncated_under_a_running_ring(tmp_path: Path, kind: str
     code = TRUNCATE.format(
         tests=str(Path(__file__).parent.parent), path=str(tmp_path / "s"), kind=kind, image=str(image)
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "alive\n", done.stderr
     assert "truncated" in done.stderr
 
@@ -454,7 +458,11 @@ def test_idle_costs_nothing(path: Path, tmp_path: Path) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(bytes(1 << 20))
     device = vhost.devices.Blk(image)
-    with h.served(device, path), vhost.Frontend.connect(path) as frontend, vhost.drivers.Blk(frontend) as disk:
+    with (
+        h.served(device, path),
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
         disk.write(0, b"x" * 4096)
         disk.read(0, 8)
         select.select([], [], [], 0.2)  # spinning after work is allowed, for a while
