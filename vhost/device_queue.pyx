@@ -272,9 +272,9 @@ cdef class DeviceQueue:
                 self.fail()
             for i in range(got):
                 batch.append(self.accept())
-            if <uint32_t>got < ready:
-                break
-            n -= ready
+            if not got:
+                break  # and not when fewer came: the C core looks at the index once
+            n -= got
         if not batch:
             self.check_memory()
         return batch
