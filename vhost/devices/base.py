@@ -21,6 +21,15 @@ from vhost.features import DeviceId, VirtioF
 if TYPE_CHECKING:
     from vhost.virtqueue import DeviceQueue
 
+# A plain integer: an operation on an IntFlag costs as much as a system call.
+_RINGS = int(
+    VirtioF.VERSION_1
+    | VirtioF.RING_PACKED
+    | VirtioF.RING_INDIRECT_DESC
+    | VirtioF.RING_EVENT_IDX
+    | VirtioF.IN_ORDER
+)
+
 
 class Attached(Protocol):
     """What a device wants of a session. Both may be called from any thread."""
@@ -95,14 +104,7 @@ class Device:
 
     def offered_features(self) -> int:
         """All feature bits that the device offers to a driver."""
-        rings = (
-            VirtioF.VERSION_1
-            | VirtioF.RING_PACKED
-            | VirtioF.RING_INDIRECT_DESC
-            | VirtioF.RING_EVENT_IDX
-            | VirtioF.IN_ORDER
-        )
-        return int(rings) | self.features
+        return _RINGS | int(self.features)
 
     # ------------------------------------------------------------------ serving rings
 

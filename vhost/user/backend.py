@@ -129,6 +129,10 @@ class Backend(Handlers):
             self._dispatch(message)
             if self.closed:
                 return
+            if message.answered:
+                # The front-end had to wait for that: the next look is hardly ever worth a system call,
+                # and the epoll says so when it is.
+                break
         self._watch_output()
 
     def _dispatch(self, message: Message) -> None:

@@ -58,6 +58,10 @@ WANTED = (
 )
 RETRY_PAUSE = 0.05
 
+# Plain integers: an operation on an IntFlag costs as much as a system call.
+_PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
+_MQ = int(ProtocolF.MQ)
+
 
 class Frontend(VhostOps):
     """A session with a back-end, negotiated as far as the transport goes.
@@ -143,7 +147,7 @@ class Frontend(VhostOps):
 
     def _negotiate(self, wanted: int) -> None:
         self.offered_features = self._get(F.GET_FEATURES).value
-        if self.offered_features & VhostF.PROTOCOL_FEATURES:
+        if self.offered_features & _PROTOCOL_FEATURES:
             self.offered_protocol_features = self._get(F.GET_PROTOCOL_FEATURES).value
             chosen = self.offered_protocol_features & wanted
             self._send(F.SET_PROTOCOL_FEATURES, U64(chosen))
@@ -163,7 +167,7 @@ class Frontend(VhostOps):
     # -- requests ----------------------------------------------------------------------------------
 
     def _has(self, feature: ProtocolF) -> bool:
-        return bool(self.protocol_features & feature)
+        return bool(self.protocol_features & int(feature))
 
     def _send(self, number: F, payload: Payload = EMPTY, fds: Sequence[int] = ()) -> None:
         """A request without a reply of its own; waits for the ack where REPLY_ACK was negotiated."""
@@ -180,10 +184,10 @@ class Frontend(VhostOps):
         return message.payload
 
     def get_features(self) -> int:
-        return self.offered_features & ~int(VhostF.PROTOCOL_FEATURES)
+        return self.offered_features & ~_PROTOCOL_FEATURES
 
     def set_features(self, features: int) -> None:
-        features |= self.offered_features & VhostF.PROTOCOL_FEATURES
+        features |= self.offered_features & _PROTOCOL_FEATURES
         self._send(F.SET_FEATURES, U64(features))
         self.session.features = features
 
@@ -194,7 +198,7 @@ class Frontend(VhostOps):
         self._send(F.RESET_OWNER)
 
     def get_queue_num(self) -> int:
-        if not self.offered_protocol_features & ProtocolF.MQ:
+        if not self.offered_protocol_features & _MQ:
             raise InactiveFeature("the back-end does not say how many queues it has", request="GET_QUEUE_NUM")
         return int(self._get(F.GET_QUEUE_NUM).value)
 
@@ -294,7 +298,7 @@ class Frontend(VhostOps):
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
         """Nothing to send to a back-end that enabled all rings with SET_FEATURES."""
-        if self.offered_features & VhostF.PROTOCOL_FEATURES:
+        if self.offered_features & _PROTOCOL_FEATURES:
             self._send(F.SET_VRING_ENABLE, VringState(index, int(enable)))
 
     # -- events, and the end -----------------------------------------------------------------------

@@ -30,6 +30,19 @@ from vhost.user.transport import Transport
 NET_ONLY = {FrontendMsg.NET_SET_MTU: ProtocolF.MTU, FrontendMsg.SEND_RARP: ProtocolF.RARP}
 CONFIG_LIVE_MIGRATION = 1
 
+# Plain integers: an operation on an IntFlag costs as much as a system call.
+_PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
+_CONFIG = int(ProtocolF.CONFIG)
+_NET = int(ProtocolF.MTU | ProtocolF.RARP)
+_ALWAYS = int(
+    ProtocolF.MQ
+    | ProtocolF.REPLY_ACK
+    | ProtocolF.BACKEND_REQ
+    | ProtocolF.RESET_DEVICE
+    | ProtocolF.CONFIGURE_MEM_SLOTS
+    | ProtocolF.STATUS
+)
+
 
 class Handlers(ABC):
     """The state of one session, and its answers."""
@@ -74,22 +87,15 @@ class Handlers(ABC):
     # -- the session -------------------------------------------------------------------------------
 
     def offered_features(self) -> int:
-        return self.device.offered_features() | VhostF.PROTOCOL_FEATURES
+        return self.device.offered_features() | _PROTOCOL_FEATURES
 
     def offered_protocol_features(self) -> int:
-        offered = (
-            ProtocolF.MQ
-            | ProtocolF.REPLY_ACK
-            | ProtocolF.BACKEND_REQ
-            | ProtocolF.RESET_DEVICE
-            | ProtocolF.CONFIGURE_MEM_SLOTS
-            | ProtocolF.STATUS
-        )
+        offered = _ALWAYS
         if self.device.config:
-            offered |= ProtocolF.CONFIG
+            offered |= _CONFIG
         if self.device.device_id == DeviceId.NET:
-            offered |= ProtocolF.MTU | ProtocolF.RARP
-        return int(offered)
+            offered |= _NET
+        return offered
 
     def get_features(self, message: Message) -> U64:
         return U64(self.offered_features())
@@ -104,7 +110,7 @@ class Handlers(ABC):
             for ring in self.rings:
                 ring.must_be_stopped("SET_FEATURES with other features")
         self.session.features = features
-        if not features & VhostF.PROTOCOL_FEATURES:
+        if not features & _PROTOCOL_FEATURES:
             # Nobody will enable them one by one (vhost-user, "Ring states").
             for ring in self.rings:
                 self._enable(ring, True)
@@ -151,7 +157,7 @@ class Handlers(ABC):
             raise IncorrectFds(str(error), request=message.name) from error
 
     def _tell_config_change(self) -> None:
-        if self.channel is not None and self.session.protocol_features & ProtocolF.CONFIG:
+        if self.channel is not None and self.session.protocol_features & _CONFIG:
             # Without need_reply: the front-end may be waiting for us on the other channel.
             self.channel.send(
                 self.channel.session.request(BackendMsg.BACKEND_CONFIG_CHANGE_MSG, need_reply=False)
@@ -332,7 +338,7 @@ class Handlers(ABC):
         if not self._claimed:
             self.device.claim(self)
             self._claimed = True
-            self.device.negotiated = self.session.features & ~int(VhostF.PROTOCOL_FEATURES)
+            self.device.negotiated = self.session.features & ~_PROTOCOL_FEATURES
         try:
             ring.start(self.memory, self.session.features)
             self.run_ring(ring)

@@ -69,7 +69,7 @@ class Ring:
     def start(self, memory: GuestMemory, features: int) -> DeviceQueue:
         """Make the queue; InvalidQueue if what the front-end said of the ring is no ring."""
         assert self.addr is not None
-        packed = bool(features & VirtioF.RING_PACKED)
+        packed = bool(features & int(VirtioF.RING_PACKED))
         self.queue = DeviceQueue(
             memory,
             self.num,
@@ -77,9 +77,9 @@ class Ring:
             self.addr.avail,
             self.addr.used,
             packed=packed,
-            indirect=bool(features & VirtioF.RING_INDIRECT_DESC),
-            event_idx=bool(features & VirtioF.RING_EVENT_IDX),
-            in_order=bool(features & VirtioF.IN_ORDER),
+            indirect=bool(features & int(VirtioF.RING_INDIRECT_DESC)),
+            event_idx=bool(features & int(VirtioF.RING_EVENT_IDX)),
+            in_order=bool(features & int(VirtioF.IN_ORDER)),
             base=_whole_base(self.base, packed),
             user_addresses=True,
             kick=self.kick,
