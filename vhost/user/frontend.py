@@ -39,7 +39,7 @@ from vhost.user.payloads import (
     VringFd,
     VringState,
 )
-from vhost.user.session import Channel, Role, Session
+from vhost.user.session import Channel, Message, Outgoing, Role, Session
 from vhost.user.transport import Transport
 
 MEM_TABLE_REGIONS = 8
@@ -81,6 +81,8 @@ class Frontend(VhostOps):
         self.protocol_features = 0
         self.offered_protocol_features = 0
         self._status = 0
+        self._channel_open = False
+        self._config_changed = False
         self._memory: tuple[Region, ...] = ()
         self._guest_memory = GuestMemory()
         try:
@@ -161,6 +163,8 @@ class Frontend(VhostOps):
         session = Session(Role.FRONTEND, Channel.BACKEND_REQ)
         session.protocol_features = self.protocol_features
         self.channel = Transport(ours, session)
+        self._channel_open = True
+        self.transport.meanwhile[ours.fileno()] = self._serve_channel
         with theirs:
             self._send(F.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
@@ -171,17 +175,27 @@ class Frontend(VhostOps):
 
     def _send(self, number: F, payload: Payload = EMPTY, fds: Sequence[int] = ()) -> None:
         """A request without a reply of its own; waits for the ack where REPLY_ACK was negotiated."""
-        message = self.transport.call(self.session.request(number, payload, fds), self.timeout)
+        message = self._call(self.session.request(number, payload, fds))
         if message is not None:
             message.close()
 
     def _get(self, number: F, payload: Payload = EMPTY) -> Any:
         """A request with a reply: its payload."""
-        message = self.transport.call(self.session.request(number, payload), self.timeout)
+        message = self._call(self.session.request(number, payload))
         if message is None:
             raise ProtocolError("the message table knows no reply", request=number.name)
         message.close()
         return message.payload
+
+    def _call(self, outgoing: Outgoing) -> Message | None:
+        reply = self.transport.call(outgoing, self.timeout)
+        try:
+            self._deliver()
+        except BaseException:
+            if reply is not None:
+                reply.close()
+            raise
+        return reply
 
     def get_features(self) -> int:
         return self.offered_features & ~_PROTOCOL_FEATURES
@@ -311,18 +325,35 @@ class Frontend(VhostOps):
     def step(self) -> bool:
         if self.channel is None:
             return not self._peer_gone()
-        try:
-            while (message := self.channel.receive()) is not None:
+        self._serve_channel()
+        self._deliver()
+        return self._channel_open
+
+    def _serve_channel(self) -> None:
+        """Answer what the back-end asks; what came of it is told by ``_deliver``, for this may run in
+        the middle of a request of ours."""
+        assert self.channel is not None
+        while self._channel_open:
+            try:
+                message = self.channel.receive()
+                if message is None:
+                    return
                 with contextlib.closing(message):
-                    if self.on_config_change is not None:
-                        self.on_config_change()
+                    self._config_changed = True  # the one request that is served
                     self.channel.send(self.channel.session.ack(message, 0))
-        except ProtocolError as error:
-            if error.message is None:
-                return False
-            # A request that we do not serve; there is no reason to end the session for it.
-            self.channel.send(self.channel.session.ack(error.message, 1))
-        return True
+            except ProtocolError as error:
+                if error.message is None:
+                    # The session itself can go on without it.
+                    self._channel_open = False
+                    self.transport.meanwhile.clear()
+                else:
+                    self.channel.send(self.channel.session.ack(error.message, 1))
+
+    def _deliver(self) -> None:
+        if self._config_changed:
+            self._config_changed = False
+            if self.on_config_change is not None:
+                self.on_config_change()
 
     def _peer_gone(self) -> bool:
         try:

@@ -14,6 +14,7 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vhost.errors import Disconnected, ProtocolError, ReplyTimeout, RequestFailed
@@ -49,6 +50,9 @@ class Transport:
         self.pending = 0
         """Bytes that wait until the socket takes them; poll for POLLOUT while there are any."""
         self._queue: deque[_Queued] = deque()
+        self.meanwhile: dict[int, Callable[[], None]] = {}
+        """By descriptor: what to call when it is readable while ``call`` waits. The peer may want an
+        answer on another channel before it gives ours."""
         self._poll: select.poll | None = None
         self._polled = 0
 
@@ -193,7 +197,16 @@ class Transport:
         if event != self._polled:
             self._poll.modify(self.socket, event)
             self._polled = event
-        self._poll.poll(left)
+        if not self.meanwhile:
+            self._poll.poll(left)
+            return
+        for fd in self.meanwhile:
+            self._poll.register(fd, select.POLLIN)
+        ready = self._poll.poll(left)
+        for fd in self.meanwhile:
+            self._poll.unregister(fd)
+        for serve in [self.meanwhile[fd] for fd, _ in ready if fd in self.meanwhile]:
+            serve()
 
 
 def _reason(error: OSError) -> str:
