@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The command line as a user and as a management program meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vhost
+
+VHOST = [sys.executable, "-m", "vhost"]
+SIZE = 1 << 20
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [*VHOST, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+@contextmanager
+def serving(*arguments: object, end: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[str]]:
+    command = [*VHOST, "serve", *(str(argument) for argument in arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            line = server.stderr.readline()
+            assert line.startswith("vhost: serving"), line + server.stderr.read()
+            yield server
+        finally:
+            server.send_signal(end)
+            server.stderr.read()
+            assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_serve_blk(tmp_path: Path, image: Path, end: signal.Signals) -> None:
+    path = tmp_path / "s"
+    with serving("blk", "--socket-path", path, "--blk-file", image, "--num-queues", 2, "--serial", "SN1", end=end):
+        with vhost.Frontend.connect(path) as frontend, vhost.drivers.Blk(frontend, num_queues=2) as disk:
+            assert disk.capacity == SIZE // 512
+            assert disk.get_id() == "SN1"
+            disk.write(0, b"\x77" * 512)
+            # While it is in use: a second user is refused, a look is not.
+            assert json.loads(run("probe", path, "--json").stdout)["queues"] == 2
+            with vhost.Frontend.connect(path) as second, pytest.raises(vhost.ProtocolError):
+                vhost.drivers.Blk(second)
+            assert disk.read(0, 1) == b"\x77" * 512
+    assert not path.exists()
+
+
+def test_share(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    with (
+        serving("blk", "--socket-path", path, "--blk-file", image, "--share"),
+        vhost.Frontend.connect(path) as first,
+        vhost.Frontend.connect(path) as second,
+        vhost.drivers.Blk(first) as one,
+        vhost.drivers.Blk(second) as other,
+    ):
+        one.write(5, b"\x42" * 512)
+        assert other.read(5, 1) == b"\x42" * 512
+
+
+def test_read_only(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    image.chmod(0o444)
+    with (
+        serving("blk", "--socket-path", path, "--blk-file", image, "--read-only"),
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
+        assert disk.read_only
+        with pytest.raises(vhost.drivers.BlkError):
+            disk.write(0, bytes(512))
+
+
+def test_null_device(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with (
+        serving("blk", "--socket-path", path, "--null-size", "1G"),
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
+        assert disk.capacity == (1 << 30) // 512
+        disk.write(0, bytes(512))
+
+
+def test_sighup_after_a_resize(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    with (
+        serving("blk", "--socket-path", path, "--blk-file", image) as server,
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
+        changed = threading.Event()
+        frontend.on_config_change = changed.set
+        os.truncate(image, 2 * SIZE)
+        server.send_signal(signal.SIGHUP)
+        while not changed.is_set():
+            assert frontend.step()
+        assert disk.read_config().capacity == 2 * SIZE // 512
+        assert disk.read(disk.capacity - 1, 1) == bytes(512)
+
+
+def test_inherited_connection(image: Path) -> None:
+    ours, theirs = socket.socketpair()
+    command = [*VHOST, "serve", "blk", "--fd", str(theirs.fileno()), "--blk-file", str(image)]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL) as server:
+        theirs.close()
+        with vhost.Frontend(ours) as frontend, vhost.drivers.Blk(frontend) as disk:
+            assert disk.read(0, 1) == bytes(512)
+        assert server.wait(20) == 0, "it ends with its session"
+
+
+def test_inherited_listener(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+        command = [*VHOST, "serve", "rng", "--fd", str(listener.fileno())]
+        with subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL) as server:
+            for _ in range(2):
+                with vhost.Frontend.connect(path, retry=20) as frontend, vhost.drivers.Rng(frontend) as rng:
+                    assert len(rng.read(10)) == 10
+            server.terminate()
+            assert server.wait(20) == 0
+    assert Path(path).exists(), "a socket that it did not make is not its to remove"
+
+
+@pytest.mark.parametrize("device, kind", [("blk", "block"), ("rng", "rng")])
+def test_print_capabilities(device: str, kind: str) -> None:
+    """Whatever else is said, and however wrong that is (backend program conventions)."""
+    assert json.loads(run("serve", device, "--print-capabilities").stdout)["type"] == kind
+
+
+def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    assert "--socket-path" in run("serve", "rng", code=1).stderr
+    assert "--blk-file" in run("serve", "blk", "--socket-path", path, code=1).stderr
+    run("serve", "rng", "--socket-path", path, "--fd", 3, code=2)
+    missing = run("serve", "blk", "--socket-path", path, "--blk-file", tmp_path / "none", code=1).stderr
+    assert "none" in missing
+    assert "Traceback" not in missing
+    run("serve", "blk", "--socket-path", path, "--blk-file", tmp_path, code=1)
+    run("serve", "blk", "--socket-path", path, "--blk-file", "/dev/zero", code=1)
+    assert not path.exists()
+    long = tmp_path / ("x" * 120)
+    assert "Traceback" not in run("serve", "rng", "--socket-path", long, code=1).stderr
+    assert "Traceback" not in run("probe", path, code=1).stderr
+
+
+def test_socket_that_is_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("rng", "--socket-path", path):
+        assert "in use" in run("serve", "rng", "--socket-path", path, code=1).stderr
+        assert path.exists()
+    path.write_text("precious")
+    run("serve", "rng", "--socket-path", path, code=1)
+    assert path.read_text() == "precious", "not a socket: not ours to remove"
+
+
+def test_probe(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    with serving("blk", "--socket-path", path, "--blk-file", image, "--num-queues", 3):
+        report = json.loads(run("probe", path, "--json").stdout)
+        assert report["device"] == "block"
+        assert report["queues"] == 3
+        assert report["memory_slots"] == 509
+        assert report["config"]["capacity"] == SIZE // 512
+        assert report["config"]["bytes"] == SIZE
+        assert {"RING_PACKED", "FLUSH", "VERSION_1"} <= set(report["feature_names"])
+        assert {"MQ", "CONFIG", "REPLY_ACK"} <= set(report["protocol_feature_names"])
+        text = run("probe", path).stdout
+        assert "RING_PACKED" in text
+        assert f"capacity {SIZE // 512}" in text
+    with serving("rng", "--socket-path", path):
+        report = json.loads(run("probe", path, "--json").stdout)
+        assert report["device"] is None
+        assert report["config"] is None
+        assert report["queues"] == 1
+
+
+def test_messages() -> None:
+    rows = json.loads(run("messages", "--json").stdout)
+    assert [row["id"] for row in rows] == [*range(1, 45), *range(1, 11)]
+    lines = run("messages").stdout.splitlines()
+    assert len(lines) == 55
+    done = subprocess.run([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    assert not done.stderr
+    with subprocess.Popen([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:
+        assert early.stdout is not None
+        early.stdout.close()
+        assert early.stderr is not None
+        assert not early.stderr.read()
+        assert early.wait(20) == 0
+
+
+def test_demo() -> None:
+    out = run("demo", "--size", "4M", "--seconds", "0.1").stdout
+    assert "ring: packed" in out
+    assert "RING_PACKED" in out
+    assert "verified: wrote and read 4 MiB" in out
+    assert "depth  1:" in out
+    assert "p99" in out
+    assert "vhost-user-blk-pci" in out
