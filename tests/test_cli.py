@@ -54,7 +54,8 @@ def serving(*arguments: object, end: signal.Signals = signal.SIGTERM) -> Iterato
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_serve_blk(tmp_path: Path, image: Path, end: signal.Signals) -> None:
     path = tmp_path / "s"
-    with serving("blk", "--socket-path", path, "--blk-file", image, "--num-queues", 2, "--serial", "SN1", end=end):
+    options = ("--num-queues", 2, "--serial", "SN1")
+    with serving("blk", "--socket-path", path, "--blk-file", image, *options, end=end):
         with vhost.Frontend.connect(path) as frontend, vhost.drivers.Blk(frontend, num_queues=2) as disk:
             assert disk.capacity == SIZE // 512
             assert disk.get_id() == "SN1"
@@ -204,7 +205,7 @@ def test_messages() -> None:
     assert [row["id"] for row in rows] == [*range(1, 45), *range(1, 11)]
     lines = run("messages").stdout.splitlines()
     assert len(lines) == 55
-    done = subprocess.run([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    done = subprocess.run([*VHOST, "messages"], capture_output=True, check=True)
     assert not done.stderr
     with subprocess.Popen([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:
         assert early.stdout is not None

@@ -148,7 +148,7 @@ def test_back_end_dies(when: str, no_leaks: None) -> None:
         whole = h.HEADER.pack(h.GET_FEATURES, h.VERSION | h.REPLY, 8) + h.u64(0)
         raw.sock.sendall(whole[: {"at once": 0, "in the header": 7, "in the payload": 15}[when]])
 
-    with backend(script) as sock, pytest.raises(vhost.ProtocolError, match="GET_FEATURES|closed"):
+    with backend(script) as sock, pytest.raises(vhost.ProtocolError, match=r"GET_FEATURES|closed"):
         vhost.Frontend(sock)
 
 
