@@ -32,6 +32,7 @@ cdef class Chain:
 
     cdef int must_be_out(self) except -1
     cdef int check(self, bint writable, Py_ssize_t offset, Py_ssize_t size) except -1
+    cdef int put(self, Py_ssize_t offset, char *data, Py_ssize_t size) except -1
     cdef tuple buffers(self, bint writable, Py_ssize_t offset, Py_ssize_t size)
 
 

@@ -227,17 +227,24 @@ cdef class Chain:
         return data
 
     def write_at(self, Py_ssize_t offset, data):
-        cdef iovec *iov = self.c.iov + self.c.out_num
         cdef Py_buffer view
-        cdef cursor at
+        if type(data) is bytes:  # a status, most of the time: without the detour
+            self.put(offset, PyBytes_AS_STRING(data), len(<bytes>data))
+            return
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self.must_be_out()
-            self.check(True, offset, view.len)
-            at = seek(iov, offset)
-            copy(iov, &at, <char *>view.buf, view.len, True)
+            self.put(offset, <char *>view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
+
+    cdef int put(self, Py_ssize_t offset, char *data, Py_ssize_t size) except -1:
+        cdef iovec *iov = self.c.iov + self.c.out_num
+        cdef cursor at
+        self.must_be_out()
+        self.check(True, offset, size)
+        at = seek(iov, offset)
+        copy(iov, &at, data, size, True)
+        return 0
 
     def __repr__(self):
         return (
