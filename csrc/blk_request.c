@@ -181,14 +181,14 @@ static int range_write_zeroes(int fd, uint64_t offset, uint64_t len)
 	return 0;
 }
 
-static int discard_range(const struct blk_disk *disk, uint64_t offset, uint64_t len)
+int blk_disk_discard(const struct blk_disk *disk, uint64_t offset, uint64_t len)
 {
 	if (disk->block_device)
 		return range_ioctl(disk->fd, BLKDISCARD, offset, len);
 	return range_fallocate(disk->fd, FALLOC_FL_PUNCH_HOLE, offset, len);
 }
 
-static int zero_range(const struct blk_disk *disk, uint64_t offset, uint64_t len, bool unmap)
+int blk_disk_zero(const struct blk_disk *disk, uint64_t offset, uint64_t len, bool unmap)
 {
 	int rc = -EOPNOTSUPP;
 
@@ -235,8 +235,8 @@ static unsigned ranges(const struct blk_disk *disk, bool discard, struct span *s
 		len = (uint64_t)range[i].num_sectors << BLK_SECTOR_SHIFT;
 		if (!len)
 			continue;
-		rc = discard ? discard_range(disk, offset, len) :
-			       zero_range(disk, offset, len, range[i].flags & BLK_RANGE_F_UNMAP);
+		rc = discard ? blk_disk_discard(disk, offset, len) :
+			       blk_disk_zero(disk, offset, len, range[i].flags & BLK_RANGE_F_UNMAP);
 		if (rc)
 			return rc == -EOPNOTSUPP ? BLK_S_UNSUPP : BLK_S_IOERR;
 	}

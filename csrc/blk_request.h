@@ -66,6 +66,11 @@ struct blk_disk {
 enum virtqueue_fault blk_request_serve(const struct blk_disk *disk, struct vhost_chain *chain,
 				       bool writethrough, uint32_t *written);
 
+/* Make a hole, and write zeroes (`unmap`: by a hole if that does it), in a part of the disk that the caller
+ * has checked, and that is not empty: bytes. 0 or a negative errno. */
+int blk_disk_discard(const struct blk_disk *disk, uint64_t offset, uint64_t len);
+int blk_disk_zero(const struct blk_disk *disk, uint64_t offset, uint64_t len, bool unmap);
+
 /* Bytes that blk_request_serve wanted and did not get, for the fault report. */
 static inline uint64_t blk_request_missing(const struct vhost_chain *chain,
 					   enum virtqueue_fault fault, uint64_t *limit)

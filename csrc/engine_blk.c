@@ -121,7 +121,6 @@ static bool serve(struct blk_worker *w, struct blk_queue *q)
 	publish(q);
 	if (unlikely(n < 0 || !ok)) {
 		q->failed = true;
-		signal_fd(q->err, q->err_blocks);
 		signal_fd(w->engine->notice, false);
 		return false;
 	}
@@ -351,10 +350,10 @@ static int dup_fd(int fd, int *to, bool *blocks)
 
 static void close_fds(struct blk_queue *q)
 {
-	int *fds[] = { &q->kick, &q->call, &q->err };
+	int *fds[] = { &q->kick, &q->call };
 	unsigned i;
 
-	for (i = 0; i < 3; i++) {
+	for (i = 0; i < 2; i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);
 		*fds[i] = -1;
@@ -366,12 +365,10 @@ static int open_fds(struct blk_queue *q, const struct blk_queue_config *cfg)
 	bool unused;
 	int rc;
 
-	q->kick = q->call = q->err = -1;
+	q->kick = q->call = -1;
 	rc = dup_fd(cfg->kick, &q->kick, &unused);
 	if (!rc)
 		rc = dup_fd(cfg->call, &q->call, &q->call_blocks);
-	if (!rc)
-		rc = dup_fd(cfg->err, &q->err, &q->err_blocks);
 	if (rc)
 		close_fds(q);
 	return rc;

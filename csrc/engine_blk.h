@@ -26,8 +26,8 @@ struct blk_queue {
 	const struct blk_disk *disk;
 	bool writethrough;
 	/* Our own descriptors: the owner may close or replace his while a worker runs. -1: none. */
-	int kick, call, err;
-	bool call_blocks, err_blocks;
+	int kick, call;
+	bool call_blocks;
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;
@@ -69,7 +69,8 @@ struct blk_engine {
 /* 0 or a negative errno. `repairs`: see sigbus_repairs(). */
 int blk_engine_init(struct blk_engine *e, unsigned nworkers, const char *name, const int *repairs);
 
-/* An eventfd that is signalled when a queue broke, or memory below one did; read by nobody. */
+/* An eventfd that is signalled when a queue broke, or memory below one did; read by nobody. The queue's
+ * owner finds the report then, and tells the driver. */
 static inline int blk_engine_notice(const struct blk_engine *e)
 {
 	return e->notice;
@@ -83,7 +84,7 @@ struct blk_queue_config {
 	struct virtqueue *vq;
 	const struct blk_disk *disk;
 	bool writethrough;
-	int kick, call, err;
+	int kick, call;
 };
 
 /*

@@ -195,6 +195,9 @@ cdef extern from "blk_request.h" nogil:
         uint32_t max_write_zeroes_seg
         char *serial
 
+    int blk_disk_discard(const blk_disk *, uint64_t, uint64_t)
+    int blk_disk_zero(const blk_disk *, uint64_t, uint64_t, bint)
+
 
 cdef extern from "engine_blk.h" nogil:
     struct blk_queue:
@@ -209,7 +212,6 @@ cdef extern from "engine_blk.h" nogil:
         bint writethrough
         int kick
         int call
-        int err
 
     int blk_engine_init(blk_engine *, unsigned int, const char *, const int *)
     void blk_engine_destroy(blk_engine *)

@@ -29,6 +29,11 @@ class Disk:
     def capacity(self) -> int: ...
     @capacity.setter
     def capacity(self, sectors: int) -> None: ...
+    def discard(self, offset: int, length: int) -> None:
+        """Make a hole; bytes. Like ``write_zeroes``, it does not look whether they are on the disk."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Zero bytes; with ``unmap`` by a hole, where that does it."""
 
 @final
 class Engine:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """The block engine for Python: csrc/engine_blk.h. Knows queues and disks, no device and no session."""
 
+import os
+
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -48,6 +50,20 @@ cdef class Disk:
     def capacity(self, uint64_t sectors):
         self.c.capacity = sectors
 
+    def discard(self, uint64_t offset, uint64_t length):
+        cdef int rc
+        with nogil:
+            rc = blk_disk_discard(&self.c, offset, length)
+        if rc:
+            raise OSError(-rc, os.strerror(-rc))
+
+    def write_zeroes(self, uint64_t offset, uint64_t length, bint unmap):
+        cdef int rc
+        with nogil:
+            rc = blk_disk_zero(&self.c, offset, length, unmap)
+        if rc:
+            raise OSError(-rc, os.strerror(-rc))
+
 
 @cython.final
 cdef class Engine:
@@ -89,7 +105,6 @@ cdef class Engine:
         cfg.writethrough = writethrough
         cfg.kick = queue.kick
         cfg.call = queue.call
-        cfg.err = queue.err
         with nogil:
             rc = blk_engine_attach(&self.c, worker, &one.c, &cfg)
         if rc:

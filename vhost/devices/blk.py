@@ -17,15 +17,13 @@ import threading
 from vhost.device_queue import DeviceQueue
 from vhost.devices._blk_engine import MAX_RANGES, Disk, Engine
 from vhost.devices.base import Attached, Device
-from vhost.devices.blk_python import serve_request
-from vhost.errors import DeviceBusy, InvalidQueue
+from vhost.devices.blk_python import MAX_RANGE_SECTORS, serve_request
+from vhost.errors import DeviceBusy, InvalidQueue, QueueBroken
 from vhost.features import BlkF, DeviceId
 from vhost.virtio_blk import ID_BYTES, SECTOR, BlkConfig
 
 SEG_MAX = 126
 """Data segments of a request: what fits, with header and status, into the common ring of 128."""
-MAX_RANGE_SECTORS = 1 << 22
-"""2 GiB a discard or write-zeroes segment, so that none of them holds a worker for long."""
 
 _BLKSSZGET, _BLKPBSZGET, _BLKIOMIN, _BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
 _FLOCK = struct.Struct("hhqqi4x")
@@ -181,9 +179,10 @@ class Blk(Device):
         for chain in queue:
             try:
                 written = serve_request(self, chain)
-            except InvalidQueue:
-                queue.close()
-                raise
+            except InvalidQueue as error:
+                # Not even a status can be told. Only this ring is given up, as by the C engine.
+                queue.mark_broken(str(error))
+                raise QueueBroken(queue.name, str(error)) from None
             queue.push(chain, written)
 
     @property

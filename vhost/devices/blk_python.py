@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vhost.chain import Buffer, Chain
+from vhost.devices._blk_engine import MAX_RANGES, Disk
 from vhost.errors import InvalidQueue
 from vhost.virtio_blk import HEADER, ID_BYTES, RANGE, RANGE_UNMAP, SECTOR, BlkStatus, BlkType
 
-MAX_RANGES = 32
-ZEROES = bytes(1 << 16)
+MAX_RANGE_SECTORS = 1 << 22
+"""2 GiB a discard or write-zeroes segment, so that none of them holds a worker for long."""
 
 
 class Served(Protocol):
@@ -25,6 +26,7 @@ class Served(Protocol):
     fd: int
     read_only: bool
     serial: bytes
+    disk: Disk
 
     @property
     def capacity(self) -> int: ...
@@ -44,9 +46,12 @@ def serve_request(disk: Served, chain: Chain) -> int:
     """Run it and write its status: how many bytes were written in all. InvalidQueue: it cannot be
     answered."""
     if chain.readable_len < HEADER.size:
-        raise InvalidQueue(f"request is shorter than its header: {chain.readable_len} of {HEADER.size} bytes")
+        raise InvalidQueue(
+            f"request is shorter than its header (chain {chain.id}, value {chain.readable_len:#x},"
+            f" limit {HEADER.size:#x})"
+        )
     if not chain.writable_len:
-        raise InvalidQueue("request has no room for its status")
+        raise InvalidQueue(f"request has no room for its status (chain {chain.id}, value 0x0, limit 0x1)")
     room = chain.writable_len - 1  # the status is the last byte, wherever the data ends
     kind, _, sector = HEADER.unpack(chain.read_at(0, HEADER.size))
     written = 0
@@ -72,8 +77,8 @@ def serve_request(disk: Served, chain: Chain) -> int:
         status = BlkStatus.OK
     except _Refused as refusal:
         status = refusal.status
-    except OSError:
-        status = BlkStatus.IOERR
+    except OSError as error:
+        status = BlkStatus.UNSUPP if error.errno == errno.EOPNOTSUPP else BlkStatus.IOERR
     chain.write_at(room, bytes([status]))
     return written + 1
 
@@ -99,7 +104,7 @@ def _transfer(
         raise _Refused(BlkStatus.IOERR)
     _check_range(disk, sector, length // SECTOR)
     if disk.fd < 0:
-        return 0
+        return length
     done = 0
     views: list[memoryview] = [memoryview(part) for part in buffers]
     while done < length:
@@ -128,19 +133,17 @@ def _ranges(disk: Served, discard: bool, chain: Chain) -> None:
         raise _Refused(BlkStatus.UNSUPP)
     _check_writable(disk)
     for sector, count, _ in ranges:
+        if count > MAX_RANGE_SECTORS:
+            raise _Refused(BlkStatus.IOERR)
         _check_range(disk, sector, count)
-    if disk.fd < 0 or discard:
-        return  # a discard is a hint, and a hole in a file takes a call that Python lacks
-    for sector, count, _ in ranges:
-        _write_zeroes(disk.fd, sector * SECTOR, count * SECTOR)
-    if disk.writethrough:
+    if disk.fd < 0:
+        return
+    for sector, count, flags in ranges:
+        if not count:
+            continue
+        if discard:
+            disk.disk.discard(sector * SECTOR, count * SECTOR)
+        else:
+            disk.disk.write_zeroes(sector * SECTOR, count * SECTOR, bool(flags & RANGE_UNMAP))
+    if disk.writethrough and not discard:
         _flush(disk)
-
-
-def _write_zeroes(fd: int, offset: int, length: int) -> None:
-    while length:
-        n = os.pwrite(fd, ZEROES[: min(length, len(ZEROES))], offset)
-        if n == 0:
-            raise OSError(errno.EIO, "nothing written")
-        offset += n
-        length -= n
