@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -159,9 +159,17 @@ def slot(*region: int) -> bytes:
 
 
 @contextmanager
-def served(device: vhost.Device, path: Path) -> Iterator[vhost.Server]:
+def served(
+    device: vhost.Device | Callable[[], vhost.Device],
+    path: Path,
+    *,
+    max_connections: int = 64,
+    reconnect: float = 0.5,
+) -> Iterator[vhost.Server]:
     """A server in a thread, which nothing that a peer does may end."""
-    with vhost.Server(device, path) as server:
+    with vhost.Server(
+        device, path, max_connections=max_connections, reconnect=reconnect
+    ) as server:
         stop = os.eventfd(0)
         failed: list[BaseException] = []
 
@@ -170,7 +178,7 @@ def served(device: vhost.Device, path: Path) -> Iterator[vhost.Server]:
                 both.register(server.fileno(), select.EPOLLIN)
                 both.register(stop, select.EPOLLIN)
                 try:
-                    while all(fd != stop for fd, _ in both.poll()):
+                    while all(fd != stop for fd, _ in both.poll(server.timeout)):
                         server.step()
                 except BaseException as error:
                     failed.append(error)

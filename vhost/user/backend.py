@@ -37,19 +37,34 @@ class Backend(Handlers):
         self.error: Exception | None = None
         """Why the session ended; None while it runs, and after a close by either side."""
         self.closed = False
-        self._epoll = select.epoll()
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._busy = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Always readable, and only watched while a ring without a kick has to be polled.
+        self._events: list[int] = []
         self._watches_busy = False
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
         self._writes = False
-        self._epoll.register(self.transport.fileno(), select.EPOLLIN)
-        self._epoll.register(self._wakeup, select.EPOLLIN)
-        if device.notice >= 0:
-            self._epoll.register(device.notice, select.EPOLLIN | select.EPOLLET)
+        self._epoll = select.epoll()
+        try:
+            self._wakeup = self._eventfd(0)
+            # Always readable, and only watched while a ring without a kick has to be polled.
+            self._busy = self._eventfd(1)
+            self._epoll.register(self.transport.fileno(), select.EPOLLIN)
+            self._epoll.register(self._wakeup, select.EPOLLIN)
+            if device.notice >= 0:
+                self._epoll.register(device.notice, select.EPOLLIN | select.EPOLLET)
+        except BaseException:
+            self._close_events()
+            raise
         device.attach(self)
+
+    def _eventfd(self, value: int) -> int:
+        self._events.append(os.eventfd(value, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        return self._events[-1]
+
+    def _close_events(self) -> None:
+        self._epoll.close()
+        events, self._events = self._events, []
+        for fd in events:
+            os.close(fd)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -271,6 +286,4 @@ class Backend(Handlers):
         self.memory = self.no_memory
         self._drop_channel()
         self.transport.close()
-        self._epoll.close()
-        os.close(self._wakeup)
-        os.close(self._busy)
+        self._close_events()

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from vhost.devices.base import Device
+from vhost.errors import VhostError
 from vhost.user.backend import Backend
 
 log = logging.getLogger("vhost.server")
@@ -60,6 +61,7 @@ class Server:
         self._epoll = select.epoll()
         self._listener: socket.socket | None = None
         self._accepting = False
+        self._starved = False
         self._inode: tuple[int, int] | None = None
         self._next_try = time.monotonic()
         try:
@@ -79,8 +81,9 @@ class Server:
     @property
     def timeout(self) -> float | None:
         """Seconds after which ``step()`` is due even if ``fileno()`` is not readable; None: never.
-        Only a client that waits to connect again has one."""
-        if self.closed or not self.client or self.backends:
+        There is one while a client waits to connect again, or a listener for descriptors."""
+        waits = (self.client and not self.backends) or self._starved
+        if self.closed or not waits:
             return None
         return max(0.0, self._next_try - time.monotonic())
 
@@ -137,7 +140,7 @@ class Server:
         """Watch the listening socket exactly while there is room for another session."""
         if self._listener is None:
             return
-        room = len(self.backends) < self.max_connections
+        room = len(self.backends) < self.max_connections and not self._starved
         if room and not self._accepting:
             self._epoll.register(self._listener, select.EPOLLIN)
         elif self._accepting and not room:
@@ -161,7 +164,11 @@ class Server:
         if self.closed:
             return
         if self.timeout == 0.0:
-            self._connect()
+            if self.client:
+                self._connect()
+            else:
+                self._starved = False
+                self._accept_more()
         for fd, _ in self._epoll.poll(0):
             backend = self.backends.get(fd)
             if backend is None:
@@ -176,10 +183,21 @@ class Server:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            # Out of descriptors or memory: those who are served go on, this one has to wait.
-            log.warning("accept: %s", error.strerror)
+            self._starve(error)
             return
-        self._begin(sock)
+        try:
+            self._begin(sock)
+        except VhostError as error:
+            log.warning("no device for a new session: %s", str(error))
+        except OSError as error:
+            self._starve(error)
+        self._accept_more()
+
+    def _starve(self, error: OSError) -> None:
+        """Out of descriptors or memory: those who are served go on, the next one has to wait."""
+        log.warning("no new session for now: %s", error.strerror or str(error))
+        self._starved = True
+        self._next_try = time.monotonic() + self.reconnect
         self._accept_more()
 
     def _end(self, fd: int) -> None:

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""One listener, many sessions: devices from a factory, limits, and what remains afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+import vhost
+import vhost.aio
+from user import hostile as h
+from user.hostile import RawFrontend
+
+
+def test_one_device_each_from_a_factory(tmp_path: Path, no_leaks: None) -> None:
+    made: list[Counting] = []
+
+    class Counting(vhost.devices.Rng):
+        closed = False
+
+        def __init__(self) -> None:
+            made.append(self)
+
+        def close(self) -> None:
+            self.closed = True
+
+    path = tmp_path / "s"
+    with h.served(Counting, path):
+        with contextlib.ExitStack() as stack:
+            drivers = []
+            for _ in range(5):
+                frontend = stack.enter_context(vhost.Frontend.connect(path))
+                drivers.append(stack.enter_context(vhost.drivers.Rng(frontend)))
+            assert all(len(rng.read(32)) == 32 for rng in drivers * 3)
+            assert len(made) == 5
+        with contextlib.closing(RawFrontend(path)) as raw:
+            raw.ask(h.GET_FEATURES)  # by then the server has seen the others go
+    assert all(device.closed for device in made)
+    assert len({id(device) for device in made}) == 6
+
+
+def test_factory_that_fails_costs_one_session(tmp_path: Path, no_leaks: None) -> None:
+    calls = iter(range(10))
+
+    def factory() -> vhost.Device:
+        if next(calls) == 0:
+            raise vhost.DeviceBusy("not now")
+        return vhost.devices.Rng()
+
+    with h.served(factory, tmp_path / "s"):
+        with contextlib.closing(RawFrontend(tmp_path / "s")) as raw:
+            assert raw.ended()
+        with vhost.Frontend.connect(tmp_path / "s") as frontend, vhost.drivers.Rng(frontend) as rng:
+            assert rng.read(8)
+
+
+def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
+    path = tmp_path / "s"
+    with h.served(vhost.devices.Rng(), path, max_connections=2):
+        first, second, third = (RawFrontend(path) for _ in range(3))
+        with contextlib.closing(second), contextlib.closing(third):
+            with contextlib.closing(first):
+                assert first.ask(h.GET_FEATURES)
+                assert second.ask(h.GET_FEATURES)
+                third.send(h.GET_FEATURES)
+                assert second.ask(h.GET_FEATURES)
+                third.sock.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    third.sock.recv(1)
+            third.sock.settimeout(20)
+            assert third.reply().number == h.GET_FEATURES, "a place became free"
+
+
+def test_out_of_descriptors(tmp_path: Path) -> None:
+    """Those who are served go on; the one who came too early is served once there are some again."""
+    path = tmp_path / "s"
+    device = vhost.devices.Rng()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with h.served(device, path, reconnect=0.05), contextlib.closing(RawFrontend(path)) as good:
+        assert good.ask(h.GET_FEATURES)
+        late = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        late.settimeout(20)
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        fillers = []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.dup(0))
+            late.connect(str(path))
+            for _ in range(100):
+                assert good.ask(h.GET_FEATURES)
+        finally:
+            for fd in fillers:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        late.sendall(h.HEADER.pack(h.GET_FEATURES, h.VERSION, 0))
+        assert len(late.recv(20)) == 20
+        late.close()
+
+
+def test_socket_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    server = vhost.Server(vhost.devices.Rng(), path)
+    path.unlink()
+    with vhost.Server(vhost.devices.Rng(), path):
+        server.close()
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_asyncio_serves_and_connects(tmp_path: Path, no_leaks: None) -> None:
+    path = tmp_path / "s"
+
+    async def one_client() -> int:
+        async with await vhost.aio.connect(path, retry=20) as frontend:
+            rng = await frontend.run(vhost.drivers.Rng, frontend.sync)
+            data = await frontend.run(rng.read, 5000)
+            await frontend.run(rng.close)
+            return len(data)
+
+    async def main() -> list[int]:
+        async with vhost.aio.start_server(vhost.devices.Rng, path):
+            return await asyncio.gather(*(one_client() for _ in range(4)))
+
+    assert asyncio.run(main()) == [5000] * 4
+    assert not path.exists()
+
+
+def test_asyncio_client_mode_reconnects(tmp_path: Path, no_leaks: None) -> None:
+    path = tmp_path / "s"
+    sizes: list[int] = []
+
+    def listen_twice() -> None:
+        for _ in range(2):
+            with vhost.Frontend.listen(path, timeout=20) as frontend, vhost.drivers.Rng(frontend) as rng:
+                sizes.append(len(rng.read(16)))
+
+    async def main() -> None:
+        serving = asyncio.ensure_future(vhost.aio.serve(vhost.devices.Rng(), path, client=True))
+        await asyncio.get_running_loop().run_in_executor(None, listen_twice)
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+    asyncio.run(main())
+    assert sizes == [16, 16]
+
+
+def test_config_changes_from_any_thread(tmp_path: Path, no_leaks: None) -> None:
+    device = vhost.devices.Blk(null_size=1 << 20)
+    with h.served(device, tmp_path / "s"), vhost.Frontend.connect(tmp_path / "s") as frontend:
+        seen: list[int] = []
+
+        def look() -> None:
+            seen.append(int.from_bytes(frontend.get_config(0, 8), "little"))
+
+        frontend.on_config_change = look
+        frontend.get_queue_num()
+        threads = [threading.Thread(target=device.resize, args=(i << 20,)) for i in range(2, 10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        last = device.capacity
+        while not seen or seen[-1] != last:
+            assert frontend.step()
+    device.close()
