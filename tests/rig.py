@@ -87,6 +87,15 @@ def eventfds(count: int) -> Iterator[list[int]]:
             os.close(fd)
 
 
+@contextmanager
+def error_event() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def signals(fd: int) -> int:
     """How often the eventfd was signalled since the last look."""
     try:
