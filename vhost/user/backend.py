@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import socket
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +39,8 @@ class Backend(Handlers):
         """Why the session ended; None while it runs, and after a close by either side."""
         self.closed = False
         self._events: list[int] = []
+        # Whoever wakes us must not write to a descriptor that is somebody else's by now.
+        self._events_lock = threading.Lock()
         self._watches_busy = False
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
@@ -62,9 +65,10 @@ class Backend(Handlers):
 
     def _close_events(self) -> None:
         self._epoll.close()
-        events, self._events = self._events, []
-        for fd in events:
-            os.close(fd)
+        with self._events_lock:
+            events, self._events = self._events, []
+            for fd in events:
+                os.close(fd)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -86,8 +90,10 @@ class Backend(Handlers):
 
     def wake(self) -> None:
         """Make ``fileno()`` readable, and have the next step look at rings and memory."""
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it is awake; closed: it is over
-            os.eventfd_write(self._wakeup, 1)
+        with self._events_lock:
+            if self._events:
+                with contextlib.suppress(BlockingIOError):  # full: it is awake
+                    os.eventfd_write(self._wakeup, 1)
 
     # -- the loop ----------------------------------------------------------------------------------
 
