@@ -12,6 +12,7 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from "barrier.h" nogil:
     int READ_ONCE(int)
+    int LOAD_ACQUIRE(int)
     bint likely(bint)
     bint unlikely(bint)
 

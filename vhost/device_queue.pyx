@@ -250,31 +250,21 @@ cdef class DeviceQueue:
         return None
 
     def pop_batch(self, uint32_t n=32):
-        cdef (vhost_chain *)[64] chains
+        # One by one: preparing an object for each of n costs more than it saves where few are there.
         cdef PyObject *chain
-        cdef uint32_t ready
-        cdef int i, got
+        cdef int rc
         cdef list batch = []
         self.must_work()
         while n:
-            self.front()
-            ready = 0
-            while ready < min(n, min(self.pool_count, 64u)):
-                chain = self.pool[(self.pool_head + ready) & self.pool_mask]
-                if Py_REFCNT(chain) != 1:
-                    break
-                chains[ready] = &(<Chain>chain).c
-                ready += 1
-            got = virtqueue_pop_batch(&self.vq, chains, ready)
-            if got < 0:
-                if batch:
-                    break  # a fault is sticky: these first, then the next call says it
-                self.fail()
-            for i in range(got):
-                batch.append(self.accept())
-            if not got:
-                break  # and not when fewer came: the C core looks at the index once
-            n -= got
+            chain = self.front()
+            rc = virtqueue_pop(&self.vq, &(<Chain>chain).c)
+            if rc <= 0:
+                # A fault is sticky: those before it first, then the next call says it.
+                if rc < 0 and not batch:
+                    self.fail()
+                break
+            batch.append(self.accept())
+            n -= 1
         if not batch:
             self.check_memory()
         return batch

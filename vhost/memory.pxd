@@ -29,6 +29,8 @@ cdef class GuestMemory:
     cdef guest_memory table
     cdef const int **watched  # flags of those regions whose file can still shrink
     cdef Py_ssize_t nwatched
+    cdef int repairs  # the process's count when the flags were last looked at
+    cdef bint found_broken  # ... and what they said
 
     cdef int watch(self) except -1
     cdef bint has_broken(self) noexcept

@@ -208,6 +208,8 @@ cdef class GuestMemory:
     cdef int watch(self) except -1:
         cdef Region region
         cdef Py_ssize_t i = 0
+        # No count that there ever was: a region may be broken already.
+        self.repairs = -1
         self.watched = <const int **>malloc(self.nwatched * sizeof(int *))
         if self.watched == NULL:
             raise MemoryError
@@ -250,12 +252,20 @@ cdef class GuestMemory:
         return GuestMemory(kept)
 
     cdef bint has_broken(self) noexcept:
-        # Asked once a batch, and mostly there is nothing to watch.
+        # Asked once a batch, and mostly nothing has happened anywhere in the process.
         cdef Py_ssize_t i
+        cdef int repairs
+        if not self.nwatched or self.found_broken:
+            return self.found_broken
+        # Pairs with the handler's release of the count: the flag is there.
+        repairs = LOAD_ACQUIRE(sigbus_repairs()[0])
+        if repairs == self.repairs:
+            return False
+        self.repairs = repairs
         for i in range(self.nwatched):
             if READ_ONCE(self.watched[i][0]):
-                return True
-        return False
+                self.found_broken = True
+        return self.found_broken
 
     @property
     def broken(self):
