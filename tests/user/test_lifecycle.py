@@ -224,6 +224,52 @@ def test_reset_device(path: Path, no_leaks: None) -> None:
         guest.wait_used(1)
 
 
+class Nic(vhost.Device):
+    """As much of a network device as the control plane sees."""
+
+    device_id = vhost.DeviceId.NET
+    queues = ("rx", "tx")
+    mtu = 0
+    announced = b""
+
+    def set_mtu(self, mtu: int) -> None:
+        if mtu < 68:
+            raise vhost.VhostError(f"MTU {mtu}, must be at least 68")
+        self.mtu = mtu
+
+    def send_rarp(self, mac: bytes) -> None:
+        self.announced = mac
+
+
+def test_network_device(path: Path, no_leaks: None) -> None:
+    device = Nic()
+    with h.served(device, path), vhost.Frontend.connect(path) as frontend:
+        assert frontend.protocol_features & vhost.ProtocolF.MTU
+        assert frontend.protocol_features & vhost.ProtocolF.RARP
+        frontend.net_set_mtu(1500)
+        with pytest.raises(vhost.ProtocolError, match="NET_SET_MTU"):
+            frontend.net_set_mtu(20)
+        frontend.send_rarp(bytes.fromhex("525400123456"))
+        frontend.reset_device()
+    assert device.mtu == 1500
+    assert device.announced == bytes.fromhex("525400123456")
+
+
+def test_broken_ring_that_is_polled_costs_nothing(path: Path, no_leaks: None) -> None:
+    with h.served(vhost.devices.Rng(), path) as server, guest_on(path) as (raw, guest):
+        raw.negotiate()
+        assert raw.share_memory() == 0
+        raw.set_ring()
+        guest.offer(addr=0xDEAD0000)
+        assert raw.status(h.SET_VRING_ENABLE, h.state(0, 1)) == 0
+        assert raw.status(h.SET_VRING_KICK, h.u64(h.NOFD)) == 0
+        ready, _, _ = select.select([raw.err], [], [], 20)
+        assert ready
+        assert raw.ask(h.GET_FEATURES)
+        ready, _, _ = select.select([server.fileno()], [], [], 0.2)
+        assert not ready
+
+
 # -- a guest that breaks its ring --------------------------------------------------------------------
 
 

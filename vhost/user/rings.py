@@ -57,7 +57,9 @@ class Ring:
     @property
     def polled(self) -> bool:
         """Nobody kicks, and no thread of the device looks after it."""
-        return self.started and self.enabled and self.kick < 0 and not self.by_device
+        if self.queue is None or self.queue.broken:
+            return False
+        return self.enabled and self.kick < 0 and not self.by_device
 
     def must_be_stopped(self, what: str) -> None:
         if self.started:
