@@ -19,7 +19,7 @@ from guest.qmp import Qmp
 from peers.catalogue import kernel_image
 
 # Under TCG the tests are slow by nature; a deadline only has to tell slow from stuck.
-BOOT_SECONDS = 90.0
+BOOT_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
 
 
