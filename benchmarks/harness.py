@@ -42,9 +42,8 @@ def autogroup_first(pid: int | str = "self") -> bool:
 
 
 def pin(cores: Iterable[int]) -> None:
-    wanted = set(cores) & os.sched_getaffinity(0)
-    if wanted:
-        os.sched_setaffinity(0, wanted)
+    with contextlib.suppress(OSError):  # not ours to use any more: then it runs where it may
+        os.sched_setaffinity(0, cores)
 
 
 @contextlib.contextmanager

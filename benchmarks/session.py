@@ -2,8 +2,9 @@
 """What talking vhost-user costs: set-up of a session, and round trips of single messages.
 
 Our front-end against our back-end (`python -m vhost serve`, another process) and against the back-ends
-that nobody here wrote, beside a bare socket ping-pong in C with the same message sizes. Both processes
-share one core: on two cores the time is that of waking the other core, which hides the rest.
+that nobody here wrote, beside a bare socket ping-pong in C with the same message sizes. Once with a core
+for each process, which the kernel has to wake for each message, and once with both on one core, which
+finds its caches and its TLB cold after each switch.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def serve_python(listener: socket.socket, steps: Steps) -> None:
 class Bare:
     """A child that answers ping-pong with given sizes, and our side of it."""
 
-    def __init__(self, lib: ctypes.CDLL, path: Path, steps: Steps, *, python: bool = False) -> None:
+    def __init__(
+        self, lib: ctypes.CDLL, path: Path, steps: Steps, core: int, *, python: bool = False
+    ) -> None:
         self.lib, self.path, self.steps, self.python = lib, path, steps, python
         self.c_steps = (Step * len(steps))(*steps)
         with socket.socket(socket.AF_UNIX) as listener:
@@ -85,6 +88,7 @@ class Bare:
                 try:
                     os.setsid()
                     harness.autogroup_first()
+                    harness.pin([core])
                     if python:
                         serve_python(listener, steps)
                     lib.floor_serve(listener.fileno(), self.c_steps, len(steps))
@@ -258,13 +262,13 @@ def backends(scratch: Path, notes: list[str]) -> Iterator[block.Backend]:
 
 
 def make_cases(
-    stack: contextlib.ExitStack, scratch: Path, notes: list[str]
+    stack: contextlib.ExitStack, scratch: Path, notes: list[str], core: int
 ) -> dict[Key, Callable[[], float]]:
     lib, setup = build(scratch), Setup()
     found = list(backends(scratch, notes))
     for backend in found:
         stack.callback(backend.stop)
-        backend.start(core=harness.cores()[1])
+        backend.start(core=core)
     sizes = {SETUP: setup.record(found[0].path), **call_sizes(found[1].path)}
     notes.append(f"{SETUP}: {len(sizes[SETUP])} messages, connecting and closing included")
 
@@ -272,7 +276,7 @@ def make_cases(
     for i, (what, steps) in enumerate(sizes.items()):
         for name in (BARE, BARE_PYTHON):
             python = name == BARE_PYTHON
-            bare[what, name] = Bare(lib, scratch / f"bare{i}{python:d}", steps, python=python)
+            bare[what, name] = Bare(lib, scratch / f"bare{i}{python:d}", steps, core, python=python)
             stack.callback(bare[what, name].close)
 
     cases: dict[Key, Callable[[], float]] = {}
@@ -302,23 +306,27 @@ def make_cases(
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    notes: list[str] = []
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-")))
-        stack.enter_context(harness.pinned_to(harness.cores()[1]))
-        cases = make_cases(stack, scratch, notes)
-        calibration = harness.Calibration()
-        results = harness.interleave(
-            cases,
-            9 if quick else 25,
-            calibration,
-            budget=15 if quick else 40,
-            progress=harness.show_progress("session"),
-        )
-    return report(results, notes)
+    ours, other = harness.cores()
+    result = {}
+    for placement, core in (("two cores", other), ("one core", ours)):
+        notes: list[str] = []
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-")))
+            stack.enter_context(harness.pinned_to(ours))
+            cases = make_cases(stack, scratch, notes, core)
+            calibration = harness.Calibration()
+            results = harness.interleave(
+                cases,
+                7 if quick else 21,
+                calibration,
+                budget=10 if quick else 25,
+                progress=harness.show_progress(f"session, {placement}"),
+            )
+        result[placement] = report(placement, results, notes)
+    return result
 
 
-def report(results: dict[Key, Samples], notes: list[str]) -> dict[str, Any]:
+def report(placement: str, results: dict[Key, Samples], notes: list[str]) -> dict[str, Any]:
     columns = list(dict.fromkeys(name for _, name in results))
     rows, judged = [], []
     for what in dict.fromkeys(what for what, _ in results):
@@ -329,11 +337,12 @@ def report(results: dict[Key, Samples], notes: list[str]) -> dict[str, Any]:
             if (what, ours) in results:
                 pair = harness.ratio(results[what, ours], results[what, BARE])
                 judged.append((Aim(f"{what}: {ours} / {BARE}", 3.0), pair))
-    title = "our front-end against back-ends; both processes on one core; +-: worst MAD"
+    title = f"our front-end against back-ends, {placement}; +-: worst MAD"
     print(harness.table(["microseconds", *columns, "+-%"], rows, title))
-    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged]))
+    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged], placement))
     for note in notes:
         print(note)
+    print()
     return {
         "microseconds": [
             {"what": what, "against": name, **samples.as_json()} for (what, name), samples in results.items()
