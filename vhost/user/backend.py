@@ -159,11 +159,12 @@ class Backend(Handlers):
     def _dispatch(self, message: Message) -> None:
         log.debug("%s", message)
         try:
-            with contextlib.closing(message):
-                answer = getattr(self, message.spec.handler)(message)
+            answer = getattr(self, message.spec.handler)(message)
         except VhostError as error:
             self._refuse(message, error)
             return
+        finally:
+            message.close()
         if answer is not None:
             self.transport.send(self.session.reply(message, answer))
         else:
