@@ -139,7 +139,7 @@ static int stage(struct driver_queue *dq, const struct virtqueue_request *req, u
 static void publish(struct driver_queue *dq, uint16_t head, uint16_t flags)
 {
 	/* Descriptors, tables, later flags and the buffers' contents before these flags. Pairs with
-	 * the acquire of the flags in packed_pop(). */
+	 * the acquire of the flags in packed_take(). */
 	STORE_RELEASE(dq->packed.desc[head].flags, flags);
 }
 
@@ -221,7 +221,8 @@ static bool look(struct driver_queue *dq)
 static void arm_event(struct driver_queue *dq)
 {
 	WRITE_ONCE(dq->packed.driver->off_wrap, off_wrap(dq->last_used, dq->used_wrap));
-	/* Pairs with the acquire of the flags in packed_should_notify(): off_wrap before them. */
+	/* off_wrap before the flags that make it count. Pairs with the load of both, as one word,
+	 * in packed_should_notify(). */
 	STORE_RELEASE(dq->packed.driver->flags, VRING_PACKED_EVENT_FLAG_DESC);
 	dq->event_armed = true;
 	/* The wish before the last look. Pairs with the barrier in packed_should_notify(). */

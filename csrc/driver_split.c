@@ -122,7 +122,7 @@ static void publish(struct driver_queue *dq, uint16_t n)
 	dq->avail += n;
 	driver_count_added(dq, n);
 	/* Descriptors, tables, avail entries and the buffers' contents before the index. Pairs with
-	 * the acquire of avail.idx in split_pop(). */
+	 * the acquire of avail.idx in split_available(). */
 	STORE_RELEASE(dq->split.avail->idx, dq->avail);
 }
 
