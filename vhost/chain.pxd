@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
 from vhost._core cimport iovec, vhost_chain
@@ -27,12 +28,17 @@ cdef class Chain:
     cdef uint32_t consumed   # bytes behind `reader`
     cdef cursor reader
     cdef cursor writer
-    cdef tuple readable_buffers  # made when first asked for, or None
+    cdef tuple readable_buffers  # as last asked for, perhaps of an earlier chain, or None
     cdef tuple writable_buffers
+    cdef bint readable_made      # readable_buffers are of this chain
+    cdef bint writable_made
 
     cdef int must_be_out(self) except -1
+    cdef Py_ssize_t append(self, char *data, Py_ssize_t size) except -1
+    cdef int put(self, Py_ssize_t offset, char *data, Py_ssize_t size) except -1
     cdef int check(self, bint writable, Py_ssize_t offset, Py_ssize_t size) except -1
     cdef int put(self, Py_ssize_t offset, char *data, Py_ssize_t size) except -1
+    cdef bint renew(self, PyObject *old, iovec *iov, Py_ssize_t n) noexcept
     cdef tuple buffers(self, bint writable, Py_ssize_t offset, Py_ssize_t size)
 
 
@@ -44,7 +50,4 @@ cdef inline void chain_start(Chain chain, uint64_t queue) noexcept:
     chain.reader.piece = chain.writer.piece = 0
     chain.reader.offset = chain.writer.offset = 0
     chain.found_busy = 0
-    if chain.readable_buffers is not None:
-        chain.readable_buffers = None
-    if chain.writable_buffers is not None:
-        chain.writable_buffers = None
+    chain.readable_made = chain.writable_made = False

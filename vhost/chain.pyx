@@ -13,7 +13,8 @@ from cpython.buffer cimport (
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint32_t, uint64_t
@@ -25,6 +26,11 @@ from vhost.memory cimport GuestMemory
 from vhost.errors import InvalidQueue
 
 __all__ = ["Buffer", "Chain"]
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject *)
+    Py_ssize_t PyTuple_GET_SIZE(PyObject *)
+    PyObject *PyTuple_GET_ITEM(PyObject *, Py_ssize_t)  # borrowed
 
 
 cdef void copy(iovec *iov, cursor *at, char *ours, size_t left, bint to_chain) noexcept nogil:
@@ -119,15 +125,35 @@ cdef class Chain:
 
     @property
     def readable(self):
-        if self.readable_buffers is None:
-            self.readable_buffers = self.buffers(False, 0, -1)
+        if not self.readable_made:
+            if not self.renew(<PyObject *>self.readable_buffers, self.c.iov, self.c.out_num):
+                self.readable_buffers = self.buffers(False, 0, -1)
+            self.readable_made = True
         return self.readable_buffers
 
     @property
     def writable(self):
-        if self.writable_buffers is None:
-            self.writable_buffers = self.buffers(True, 0, -1)
+        if not self.writable_made:
+            if not self.renew(<PyObject *>self.writable_buffers, self.c.iov + self.c.out_num, self.c.in_num):
+                self.writable_buffers = self.buffers(True, 0, -1)
+            self.writable_made = True
         return self.writable_buffers
+
+    cdef bint renew(self, PyObject *old, iovec *iov, Py_ssize_t n) noexcept:
+        # An earlier chain's tuple serves again if nobody else has it, nor any buffer of it; every view
+        # has its buffer. (None belongs to many.)
+        cdef Buffer buffer
+        cdef Py_ssize_t i
+        if Py_REFCNT(old) != 1 or PyTuple_GET_SIZE(old) != n:
+            return False
+        for i in range(n):
+            if Py_REFCNT(PyTuple_GET_ITEM(old, i)) != 1:
+                return False
+        for i in range(n):
+            buffer = <Buffer>PyTuple_GET_ITEM(old, i)
+            buffer.data = <char *>iov[i].iov_base
+            buffer.size = iov[i].iov_len
+        return True
 
     def readable_part(self, Py_ssize_t offset, Py_ssize_t size=-1):
         return self.buffers(False, offset, size)
@@ -204,19 +230,24 @@ cdef class Chain:
 
     def write(self, data):
         cdef Py_buffer view
+        if type(data) is bytes:
+            return self.append(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self.must_be_out()
-            if <size_t>view.len > self.c.in_len - self.written:
-                raise ValueError(
-                    f"chain {self.c.id}: {view.len} bytes do not fit into the"
-                    f" {self.c.in_len - self.written} that are left of {self.c.in_len}"
-                )
-            copy(self.c.iov + self.c.out_num, &self.writer, <char *>view.buf, view.len, True)
-            self.written += <uint32_t>view.len
-            return view.len
+            return self.append(<char *>view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
+
+    cdef Py_ssize_t append(self, char *data, Py_ssize_t size) except -1:
+        self.must_be_out()
+        if <size_t>size > self.c.in_len - self.written:
+            raise ValueError(
+                f"chain {self.c.id}: {size} bytes do not fit into the"
+                f" {self.c.in_len - self.written} that are left of {self.c.in_len}"
+            )
+        copy(self.c.iov + self.c.out_num, &self.writer, data, size, True)
+        self.written += <uint32_t>size
+        return size
 
     def read_at(self, Py_ssize_t offset, Py_ssize_t n):
         cdef cursor at
@@ -228,8 +259,8 @@ cdef class Chain:
 
     def write_at(self, Py_ssize_t offset, data):
         cdef Py_buffer view
-        if type(data) is bytes:  # a status, most of the time: without the detour
-            self.put(offset, PyBytes_AS_STRING(data), len(<bytes>data))
+        if type(data) is bytes:
+            self.put(offset, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
             return
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:

@@ -14,7 +14,7 @@ from libc.stdlib cimport calloc, free
 from vhost._core cimport *
 from vhost._ring cimport check_num, fault_reason, find_areas, signal
 from vhost.chain cimport Chain, chain_start
-from vhost.memory cimport GuestMemory
+from vhost.memory cimport GuestMemory, memory_broken
 
 from vhost.errors import InvalidQueue, QueueBroken
 
@@ -26,15 +26,15 @@ cdef enum:
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *)
+    int64_t PyLong_AsLongLongAndOverflow(object, int *) except? -1
 
 cdef uint64_t last_serial = 0
 
 
-cdef int64_t length_of(written) except? -1:
-    try:
-        return written
-    except OverflowError:
-        return -1  # whatever it is, no chain has that many bytes
+cdef inline int64_t length_of(written) except? -1:
+    cdef int beyond = 0
+    cdef int64_t n = PyLong_AsLongLongAndOverflow(written, &beyond)
+    return -2 if beyond else n  # whatever it is, no chain has that many bytes
 
 
 @cython.final
@@ -399,14 +399,14 @@ cdef class DeviceQueue:
 
     cdef int check_memory(self) except -1:
         # Memory whose file went away reads as zeros, and an empty ring is what that looks like.
-        if self.memory.nwatched and self.memory.has_broken():
+        if memory_broken(self.memory):
             self.fail()
         return 0
 
     cdef int look_broken(self) except -1:
         # Engines and the rings leave a report; whoever sees it first makes it public.
         if self.reason is None:
-            if self.memory.has_broken():
+            if memory_broken(self.memory):
                 self.mark_broken("a memory region's file was truncated")
             elif self.vq.report.fault:
                 self.reason = fault_reason(&self.vq.report)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 from libc.stdint cimport uint8_t, uint64_t
 
-from vhost._core cimport guest_memory
+from vhost._core cimport LOAD_ACQUIRE, guest_memory
 
 # The process has one count of SIGBUS repairs, and this module's copy of the C core keeps it.
 cdef const int *sigbus_count() noexcept
@@ -27,11 +27,16 @@ cdef class GuestMemory:
     cdef tuple by_guest  # as in `c`
     cdef guest_memory *c  # for whoever holds this object; valid as long as it lives
     cdef guest_memory table
-    cdef const int **watched  # flags of those regions whose file can still shrink
-    cdef Py_ssize_t nwatched
-    cdef int repairs  # the process's count when the flags were last looked at
-    cdef bint found_broken  # ... and what they said
+    cdef const int *repairs   # SIGBUS repairs in the process ...
+    cdef int looked_at        # ... and how many there were when our regions were last looked at
+    cdef bint is_broken
 
-    cdef int watch(self) except -1
-    cdef bint has_broken(self) noexcept
+    cdef bint look_broken(self) noexcept
     cdef int require(self, uint64_t addr, uint64_t size) except -1
+
+
+cdef inline bint memory_broken(GuestMemory memory) noexcept:
+    # Asked once a batch: one number instead of a flag for each region. Pairs with the handler's release.
+    if LOAD_ACQUIRE(memory.repairs[0]) == memory.looked_at:
+        return memory.is_broken
+    return memory.look_broken()

@@ -188,8 +188,6 @@ cdef class GuestMemory:
                 rows[i].user_addr = region.user_addr
                 rows[i].size = region.size
                 rows[i].host = region.host
-                if region.sigbus_handle >= 0:
-                    self.nwatched += 1
             rc = guest_memory_init(&self.table, rows, n, &bad)
         finally:
             free(rows)
@@ -197,27 +195,12 @@ cdef class GuestMemory:
             self.refuse(rc, bad)
         self.c = &self.table
         self.by_guest = tuple(sorted(self.regions, key=attrgetter("guest_addr")))
-        if self.nwatched:
-            self.watch()
+        self.repairs = sigbus_repairs()
+        self.look_broken()
 
     def __dealloc__(self):
         if self.c != NULL:
             guest_memory_destroy(self.c)
-        free(self.watched)
-
-    cdef int watch(self) except -1:
-        cdef Region region
-        cdef Py_ssize_t i = 0
-        # No count that there ever was: a region may be broken already.
-        self.repairs = -1
-        self.watched = <const int **>malloc(self.nwatched * sizeof(int *))
-        if self.watched == NULL:
-            raise MemoryError
-        for region in self.regions:
-            if region.sigbus_handle >= 0:
-                self.watched[i] = &region.is_broken
-                i += 1
-        return 0
 
     def refuse(self, int rc, uint32_t bad):
         # The C core names one culprit; whom it collides with is found here, off the fast path.
@@ -251,25 +234,18 @@ cdef class GuestMemory:
             )
         return GuestMemory(kept)
 
-    cdef bint has_broken(self) noexcept:
-        # Asked once a batch, and mostly nothing has happened anywhere in the process.
-        cdef Py_ssize_t i
-        cdef int repairs
-        if not self.nwatched or self.found_broken:
-            return self.found_broken
-        # Pairs with the handler's release of the count: the flag is there.
-        repairs = LOAD_ACQUIRE(sigbus_repairs()[0])
-        if repairs == self.repairs:
-            return False
-        self.repairs = repairs
-        for i in range(self.nwatched):
-            if READ_ONCE(self.watched[i][0]):
-                self.found_broken = True
-        return self.found_broken
+    cdef bint look_broken(self) noexcept:
+        cdef Region region
+        # The count first: what is repaired behind it is looked at next time.
+        self.looked_at = LOAD_ACQUIRE(self.repairs[0])
+        for region in self.regions:
+            if READ_ONCE(region.is_broken):
+                self.is_broken = True
+        return self.is_broken
 
     @property
     def broken(self):
-        return self.has_broken()
+        return memory_broken(self)
 
     cdef int require(self, uint64_t addr, uint64_t size) except -1:
         # Is all of it in memory? So that nothing is done by halves, or allocated for nothing.
