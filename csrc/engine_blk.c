@@ -293,9 +293,9 @@ static void *worker_main(void *arg)
 		busy = false;
 		for (q = w->queues; q; q = q->next)
 			busy |= serve(w, q);
-		look_for_repairs(w);
 		if (busy || spin(w) || rearm(w))
 			continue;
+		look_for_repairs(w); /* nobody may kick for a ring whose memory is gone */
 		sleep_until_kick(w);
 	}
 }

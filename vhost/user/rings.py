@@ -82,7 +82,7 @@ class Ring:
             indirect=bool(features & int(VirtioF.RING_INDIRECT_DESC)),
             event_idx=bool(features & int(VirtioF.RING_EVENT_IDX)),
             in_order=bool(features & int(VirtioF.IN_ORDER)),
-            base=_whole_base(self.base, packed),
+            base=base,
             user_addresses=True,
             kick=self.kick,
             call=self.call,
@@ -126,13 +126,3 @@ class Ring:
         """Back to the initial state."""
         self.close()
         self.__init__(self.index, self.name)  # type: ignore[misc]
-
-
-def _whole_base(base: int | None, packed: bool) -> int | None:
-    """Some front-ends give only the available half of a packed ring's base: the used half is then the
-    same, for nothing is out when a ring starts. For a split ring the upper half means nothing."""
-    if base is None:
-        return None
-    if not packed:
-        return base & 0xFFFF
-    return base if base >> 16 else base | base << 16
