@@ -72,6 +72,9 @@ class Ring:
         """Make the queue; InvalidQueue if what the front-end said of the ring is no ring."""
         assert self.addr is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
+        base = self.base
+        if base is not None and not packed:
+            base &= 0xFFFF  # the rest is reserved, and some front-ends leave garbage there
         self.queue = DeviceQueue(
             memory,
             self.num,
