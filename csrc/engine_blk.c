@@ -42,9 +42,9 @@ static uint64_t now_ns(void)
 
 static void fault(struct virtqueue *vq, const struct vhost_chain *c, enum virtqueue_fault what)
 {
-	vq->report.fault = what;
 	vq->report.head = c->id;
 	vq->report.value = blk_request_missing(c, what, &vq->report.limit);
+	STORE_RELEASE(vq->report.fault, what); /* others look for it at any time */
 }
 
 /*
@@ -466,6 +466,13 @@ static int watch_kick(struct blk_worker *w, struct blk_queue *q)
 	return q->kick >= 0 && epoll_ctl(w->epoll, EPOLL_CTL_ADD, q->kick, &ev) ? -errno : 0;
 }
 
+/* Closing would not take it out of the epoll set: the peer has the same open file. */
+static void unwatch_kick(struct blk_worker *w, struct blk_queue *q)
+{
+	if (q->kick >= 0)
+		epoll_ctl(w->epoll, EPOLL_CTL_DEL, q->kick, NULL);
+}
+
 int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q,
 		      const struct blk_queue_config *cfg)
 {
@@ -487,19 +494,19 @@ int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q
 		w->incoming = q;
 		pthread_mutex_unlock(&w->lock);
 		wake(w);
-		if (w->attached) {
-			/* One at a time: `incoming` is a list of one. */
-			pthread_mutex_lock(&w->lock);
-			while (w->incoming)
-				pthread_cond_wait(&w->handed_over, &w->lock);
-			pthread_mutex_unlock(&w->lock);
-		} else {
+		if (!w->attached)
 			rc = start_thread(w);
-			if (rc)
-				w->incoming = NULL;
+		if (rc) {
+			w->incoming = NULL;
+			unwatch_kick(w, q);
 		}
 	}
 	if (!rc) {
+		/* Also of a new thread: `incoming` has room for one, and the next may come soon. */
+		pthread_mutex_lock(&w->lock);
+		while (w->incoming)
+			pthread_cond_wait(&w->handed_over, &w->lock);
+		pthread_mutex_unlock(&w->lock);
 		w->attached++;
 		q->worker = w;
 	}
@@ -528,9 +535,7 @@ void blk_engine_detach(struct blk_engine *e, struct blk_queue *q)
 		pthread_join(w->thread, NULL);
 		w->running = false;
 	}
-	/* Closing would not take it out of the epoll set: the peer has the same open file. */
-	if (q->kick >= 0)
-		epoll_ctl(w->epoll, EPOLL_CTL_DEL, q->kick, NULL);
+	unwatch_kick(w, q);
 	close_fds(q);
 	q->worker = NULL;
 	pthread_mutex_unlock(&e->control);

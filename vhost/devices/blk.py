@@ -69,7 +69,8 @@ class Blk(Device):
         self.max_queue_size = queue_size
         self.path = None if path is None else os.fspath(path)
         self.read_only = read_only
-        self.share = share
+        self.share = share or read_only  # sessions of this device; files are _lock's matter
+        self._locks = path is not None and not share
         self.serial = id_bytes
         self._handler = handler
         self._files: dict[Attached, int] = {}
@@ -204,8 +205,9 @@ class Blk(Device):
 
     def claim(self, session: Attached) -> None:
         super().claim(session)
-        if self.share or self.path is None:
+        if not self._locks:
             return
+        assert self.path is not None
         try:
             self._files[session] = _lock(self.path, self.read_only, self._block_device)
         except BaseException:

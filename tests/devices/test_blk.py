@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The block device: what it says of itself, whose it is, and that nothing is lost when rings are stopped,
+started and moved under load."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fds
+from devices.disks import HANDLERS, Ring, pattern, ring, serving, wait_for
+from vhost.devices._blk_engine import MAX_RANGES
+from vhost.devices.blk import Blk
+from vhost.devices.blk_python import MAX_RANGE_SECTORS
+from vhost.drivers import Blk as BlkDriver
+from vhost.errors import DeviceBusy, RequestFailed
+from vhost.features import BlkF, DeviceId, ProtocolF, VirtioF
+from vhost.memory import GuestMemory, Region
+from vhost.user.frontend import WANTED, Frontend
+from vhost.virtio_blk import BlkConfig, BlkType
+
+SECTORS = 2048
+SIZE = SECTORS * 512
+BLOCK = 8
+"""Sectors of a request in the tests under load."""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(pattern(SIZE))
+    return path
+
+
+@pytest.fixture(params=HANDLERS)
+def handler(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Session:
+    """Claims a device as a session would."""
+
+    def config_changed(self) -> None:
+        raise AssertionError("nobody asked")
+
+    wake = config_changed
+
+
+# -- what it says of itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_config_space(image: Path, tmp_path: Path, read_only: bool, no_leaks: None) -> None:
+    most = 0 if read_only else MAX_RANGE_SECTORS
+    want = BlkConfig(
+        capacity=SECTORS,
+        seg_max=126,
+        blk_size=512,
+        physical_block_exp=3,
+        min_io_size=8,
+        writeback=1,
+        num_queues=5,
+        max_discard_sectors=most,
+        max_discard_seg=0 if read_only else MAX_RANGES,
+        discard_sector_alignment=1,
+        max_write_zeroes_sectors=most,
+        max_write_zeroes_seg=0 if read_only else MAX_RANGES,
+        write_zeroes_may_unmap=int(not read_only),
+    )
+    device = Blk(image, num_queues=5, read_only=read_only)
+    assert device.device_id == DeviceId.BLOCK
+    with serving(device, tmp_path / "s") as server, server.connect() as frontend:
+        assert BlkConfig.unpack(frontend.get_config(0, BlkConfig.SIZE)) == want
+        assert frontend.get_config(20, 4) == (512).to_bytes(4, "little")
+        assert frontend.get_queue_num() == 5
+        assert frontend.get_config(0, 100) == want.pack().ljust(100, b"\0")
+        with pytest.raises(RequestFailed):
+            frontend.set_config(0, b"\1")  # read-only, and there is no CONFIG_WCE
+        assert frontend.get_config(0, 8) == SECTORS.to_bytes(8, "little")
+    assert len(want.pack()) == BlkConfig.SIZE == 72
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_features(image: Path, read_only: bool) -> None:
+    device = Blk(image, read_only=read_only)
+    offered = device.offered_features()
+    common = BlkF.SEG_MAX | BlkF.BLK_SIZE | BlkF.TOPOLOGY | BlkF.FLUSH | BlkF.MQ
+    rings = VirtioF.VERSION_1 | VirtioF.RING_PACKED | VirtioF.RING_INDIRECT_DESC | VirtioF.RING_EVENT_IDX
+    own = BlkF.RO if read_only else BlkF.DISCARD | BlkF.WRITE_ZEROES
+    assert offered & ~int(VirtioF.IN_ORDER) == int(common | own) | int(rings)
+    device.close()
+
+
+def test_a_file_that_is_no_whole_number_of_sectors(tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"x" * (512 * 3 + 511))
+    device = Blk(tmp_path / "odd")
+    assert device.capacity == 3
+    device.close()
+
+
+def test_bad_arguments(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    for wrong in (
+        {},
+        {"path": image, "null_size": 512},
+        {"path": image, "num_queues": 0},
+        {"path": image, "num_queues": 257},
+        {"path": image, "threads": 0},
+        {"path": image, "handler": "rust"},
+        {"path": image, "serial": "x" * 21},
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            Blk(**wrong)
+    with pytest.raises(FileNotFoundError):
+        Blk(tmp_path / "none")
+    with pytest.raises(IsADirectoryError):
+        Blk(tmp_path)
+    with pytest.raises(OSError, match="neither a file nor a block device") as caught:
+        Blk("/dev/zero")
+    assert caught.value.errno == errno.ENOTBLK
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="neither"):
+        Blk(tmp_path / "fifo")
+
+
+def test_writethrough_without_flush(image: Path, handler: str) -> None:
+    """A driver that cannot flush finds writes on stable storage: such a file was synced."""
+    with ring(Blk(image, handler=handler)) as disk:
+        assert disk.device.writethrough is False
+        disk.device.negotiated = 0
+        assert disk.device.writethrough is True
+        disk.device.stop_queue(disk.queue)
+        disk.device.start_queue(disk.queue)
+        data = pattern(4096, seed=2)
+        assert disk.request(BlkType.OUT, 8, data=data)[:2] == (0, 1)
+    assert image.read_bytes()[4096:8192] == data
+
+
+# -- another size ----------------------------------------------------------------------------------
+
+
+def wait_for_news(frontend: Frontend, news: list[int]) -> None:
+    while not news:
+        wait_for(frontend.fileno())
+        assert frontend.step()
+
+
+@pytest.mark.parametrize("kind", ["file", "null", "from outside"])
+def test_resize(image: Path, tmp_path: Path, handler: str, kind: str, no_leaks: None) -> None:
+    device = Blk(null_size=SIZE, handler=handler) if kind == "null" else Blk(image, handler=handler)
+    with (
+        serving(device, tmp_path / "s") as server,
+        server.connect() as frontend,
+        server.connect() as looker,
+        BlkDriver(frontend) as disk,
+    ):
+        news: list[int] = []
+        frontend.on_config_change = lambda: news.append(disk.read_config().capacity)
+        looked: list[int] = []
+        looker.on_config_change = lambda: looked.append(1)
+        with pytest.raises(OSError, match="IN of 1 sectors"):
+            disk.read(SECTORS, 1)
+        for sectors in (SECTORS * 2, 16):
+            if kind == "from outside":
+                os.truncate(image, sectors * 512)
+                device.refresh()
+            else:
+                device.resize(sectors * 512)
+            wait_for_news(frontend, news)
+            wait_for_news(looker, looked)
+            assert news == [sectors]
+            assert disk.capacity == device.capacity == sectors
+            disk.write(sectors - 1, b"e" * 512)
+            assert kind == "null" or disk.read(sectors - 1, 1) == b"e" * 512
+            with pytest.raises(OSError, match="OUT of 1 sectors"):
+                disk.write(sectors, b"e" * 512)
+            news.clear()
+            looked.clear()
+        device.refresh()
+        assert looker.get_status() == 0
+        assert not news  # nothing changed, nobody was told
+
+
+# -- whose it is -----------------------------------------------------------------------------------
+
+
+def test_a_second_session_may_look_but_not_run(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    with serving(Blk(image), tmp_path / "s") as server, server.connect() as first:
+        disk = BlkDriver(first)
+        with server.connect() as second:
+            assert second.get_config(0, 8) == SECTORS.to_bytes(8, "little")
+            with pytest.raises(RequestFailed):
+                BlkDriver(second)
+        assert disk.read(0, 1) == pattern(SIZE)[:512]
+        disk.close()
+        with server.connect() as third, BlkDriver(third) as other:
+            assert other.read(0, 1) == pattern(SIZE)[:512]
+            with pytest.raises(RequestFailed):
+                BlkDriver(first)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "allowed"),
+    [
+        ({}, {}, False),
+        ({}, {"read_only": True}, False),
+        ({"read_only": True}, {}, False),
+        ({"read_only": True}, {"read_only": True}, True),
+        ({"share": True}, {"share": True}, True),
+        ({}, {"share": True}, True),
+        ({"share": True}, {}, True),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same process", "other process"])
+def test_who_may_share_a_file(
+    image: Path,
+    held: dict[str, bool],
+    wanted: dict[str, bool],
+    allowed: bool,
+    elsewhere: bool,
+    no_leaks: None,
+) -> None:
+    first = Blk(image, **held)
+    session = Session()
+    first.claim(session)
+    if elsewhere:
+        program = (
+            "import sys; from vhost.devices.blk import Blk; from vhost.errors import DeviceBusy\n"
+            f"try: Blk({str(image)!r}, **{wanted!r}).claim(object())\n"
+            "except DeviceBusy as error: sys.exit(str(error))\n"
+        )
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert (run.returncode == 0) is allowed, run.stderr
+        assert allowed or "in use by another session (--share allows that)" in run.stderr
+    else:
+        second = Blk(image, **wanted)
+        other = Session()
+        if allowed:
+            second.claim(other)
+            second.release(other)
+        else:
+            with pytest.raises(DeviceBusy, match=r"in use by another session \(--share allows that\)"):
+                second.claim(other)
+            first.release(session)
+            second.claim(other)  # nothing of the refusal is left behind
+            second.release(other)
+        second.close()
+    first.release(session)
+    first.close()
+
+
+@pytest.mark.parametrize("how", [{"share": True}, {"read_only": True}])
+def test_sessions_that_share_one_device(
+    image: Path, tmp_path: Path, handler: str, how: dict[str, bool], no_leaks: None
+) -> None:
+    with (
+        serving(Blk(image, handler=handler, **how), tmp_path / "s") as server,
+        server.connect() as a,
+        server.connect() as b,
+        BlkDriver(a) as first,
+        BlkDriver(b) as second,
+    ):
+        assert first.read(0, 8) == second.read(0, 8) == pattern(SIZE)[:4096]
+        if "share" in how:
+            first.write(3, b"f" * 512)
+            assert second.read(3, 1) == b"f" * 512
+
+
+def test_claim_is_held_while_any_ring_runs(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    other = Blk(image)
+    session = Session()
+    with serving(Blk(image, num_queues=2), tmp_path / "s") as server, server.connect() as frontend:
+        with BlkDriver(frontend, num_queues=2):
+            for index in (0, 1):
+                with pytest.raises(DeviceBusy):
+                    other.claim(session)
+                frontend.get_vring_base(index)
+            other.claim(session)
+            other.release(session)
+        with server.connect() as looker:
+            assert looker.get_config(0, 8)
+            other.claim(session)  # looking does not claim
+            other.release(session)
+    other.close()
+
+
+# -- under load ------------------------------------------------------------------------------------
+
+
+class Load:
+    """Random reads and writes, each of a block that no other request in flight touches, and what the
+    disk has to hold. Each block says who wrote it, so that a request done twice or on stale memory shows."""
+
+    def __init__(self, disk: BlkDriver, seed: int = 1) -> None:
+        self.disk = disk
+        self.rnd = random.Random(seed)
+        self.blocks = SECTORS // BLOCK
+        self.content = dict.fromkeys(range(self.blocks), b"")
+        self.busy: set[int] = set()
+        self.done = 0
+        self.queues = len(disk.queues)
+
+    def fill(self) -> None:
+        for queue in range(self.queues):
+            while True:
+                block = self.rnd.randrange(self.blocks)
+                if block in self.busy:
+                    continue
+                try:
+                    if self.rnd.random() < 0.5 or not self.content[block]:
+                        data = self.rnd.randbytes(BLOCK * 512)
+                        self.disk.submit_write(block * BLOCK, data, (block, data), queue=queue)
+                    else:
+                        self.disk.submit_read(block * BLOCK, BLOCK, (block, None), queue=queue)
+                except BufferError:
+                    break
+                self.busy.add(block)
+
+    def reap(self, *, wait: bool = False) -> int:
+        done = self.disk.poll(0.0)
+        if wait and not done:
+            busiest = max(range(self.queues), key=lambda q: len(self.disk._flying[q]))
+            done = self.disk.poll(10.0, queue=busiest)
+            assert done, "requests got lost"
+        for one in done:
+            assert one.error is None
+            block, data = one.token
+            self.busy.remove(block)
+            if data is None:
+                assert one.data == self.content[block]
+            else:
+                self.content[block] = data
+        self.done += len(done)
+        return len(done)
+
+    def drain(self) -> None:
+        while self.disk.in_flight:
+            self.reap(wait=True)
+        assert not self.busy
+
+    def check(self, image: Path) -> None:
+        self.drain()
+        stored = image.read_bytes()
+        for block, data in self.content.items():
+            if data:
+                assert stored[block * BLOCK * 512 : (block + 1) * BLOCK * 512] == data
+
+
+def restart(frontend: Frontend, disk: BlkDriver, index: int) -> None:
+    """What was popped was published, so what the base counts and the driver has not got back is what is
+    left in the ring."""
+    base = frontend.get_vring_base(index)
+    frontend.set_vring_base(index, base)
+    frontend.set_vring_kick(index, disk.queues[index].kick_fd)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("in_order", [False, True], ids=["", "in_order"])
+def test_queues_stop_and_start_under_load(
+    image: Path, tmp_path: Path, handler: str, packed: bool, threads: int, in_order: bool, no_leaks: None
+) -> None:
+    device = Blk(image, handler=handler, num_queues=3, threads=threads)
+    without = 0 if in_order else int(VirtioF.IN_ORDER)
+    with (
+        serving(device, tmp_path / "s") as server,
+        server.connect() as frontend,
+        BlkDriver(frontend, num_queues=3, packed=packed, depth=24, queue_size=64, without=without) as disk,
+    ):
+        load = Load(disk)
+        for turn in range(60):
+            load.fill()
+            restart(frontend, disk, turn % 3)
+            load.reap()
+            if turn % 10 == 9:
+                frontend.set_vring_enable(turn % 3, False)
+                load.fill()
+                load.reap()
+                frontend.set_vring_enable(turn % 3, True)
+        load.check(image)
+        assert load.done >= 60 * 3
+
+
+@pytest.mark.parametrize("slots", [False, True], ids=["table", "slots"])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_memory_is_replaced_under_load(
+    image: Path, tmp_path: Path, handler: str, packed: bool, slots: bool, no_leaks: None
+) -> None:
+    wanted = WANTED if slots else WANTED & ~ProtocolF.CONFIGURE_MEM_SLOTS
+    extra = Region.allocate(1 << 20, guest_addr=1 << 40)
+    with (
+        serving(Blk(image, handler=handler, num_queues=2), tmp_path / "s") as server,
+        server.connect(protocol_features=int(wanted)) as frontend,
+        BlkDriver(frontend, num_queues=2, packed=packed, depth=24) as disk,
+    ):
+        load = Load(disk)
+        for turn in range(60):
+            load.fill()
+            frontend.set_mem_table(GuestMemory([disk.region, extra] if turn % 2 else [disk.region]))
+            load.reap()
+        load.check(image)
+        assert load.done >= 60
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_eventfds_are_replaced_under_load(
+    image: Path, tmp_path: Path, handler: str, packed: bool, no_leaks: None
+) -> None:
+    with (
+        serving(Blk(image, handler=handler), tmp_path / "s") as server,
+        server.connect() as frontend,
+        BlkDriver(frontend, packed=packed, depth=24) as disk,
+    ):
+        load = Load(disk)
+        (queue,) = disk.queues
+        for turn in range(60):
+            load.fill()
+            # None: the device polls, or calls nobody; both are given again before we rely on them.
+            frontend.set_vring_kick(0, None if turn % 3 == 1 else queue.kick_fd)
+            frontend.set_vring_call(0, None if turn % 5 == 1 else queue.call_fd)
+            load.reap()
+        frontend.set_vring_call(0, queue.call_fd)
+        os.eventfd_write(queue.call_fd, 1)  # what was used while nobody was to be called
+        load.check(image)
+
+
+def test_a_reset_with_requests_in_flight(image: Path, tmp_path: Path, handler: str, no_leaks: None) -> None:
+    with serving(Blk(image, handler=handler), tmp_path / "s") as server, server.connect() as frontend:
+        for turn in range(20):
+            with BlkDriver(frontend, packed=bool(turn % 2)) as disk:
+                load = Load(disk, seed=turn)
+                load.fill()
+                if turn % 3 == 0:
+                    frontend.reset_device()
+        with BlkDriver(frontend) as disk:
+            load = Load(disk)
+            load.fill()
+            load.check(image)
+
+
+def test_a_session_dies_with_requests_in_flight(
+    image: Path, tmp_path: Path, handler: str, no_leaks: None
+) -> None:
+    with serving(Blk(image, handler=handler, num_queues=2), tmp_path / "s") as server:
+        for turn in range(20):
+            frontend = server.connect()
+            disk = BlkDriver(frontend, num_queues=2, packed=bool(turn % 2))
+            Load(disk, seed=turn).fill()
+            frontend.close()
+            disk._close_events()
+            del frontend, disk
+        while True:  # the last one may not have been seen to end
+            with server.connect() as frontend:
+                try:
+                    disk = BlkDriver(frontend)
+                except RequestFailed:
+                    continue
+                load = Load(disk)
+                load.fill()
+                load.check(image)
+                disk.close()
+                break
+        del load, disk, frontend
+
+
+# -- what it holds, and what it uses ---------------------------------------------------------------
+
+
+def engine_threads() -> dict[int, int]:
+    """The engine's threads, and how often each slept: a thread that is never woken sleeps once."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().startswith("vhost-blk"):
+            lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+            found[int(task.name)] = int(lines["voluntary_ctxt_switches"])
+    return found
+
+
+def test_threads_run_while_rings_do(image: Path, no_leaks: None) -> None:
+    device = Blk(image, num_queues=4, threads=2)
+    rings = [Ring(Blk(null_size=SIZE), num=16) for _ in range(2)]
+    assert len(engine_threads()) == 2
+    for one in rings:
+        one.device.stop_queue(one.queue)
+        one.device.start_queue(one.queue)
+        one.close()
+    rings.clear()
+    gone(lambda: not engine_threads())
+    device.close()
+    with pytest.raises(ValueError, match="attached already"), ring(Blk(image, threads=1)) as one:
+        one.device.start_queue(one.queue)
+
+
+def gone(condition: Callable[[], bool]) -> None:
+    """The kernel may list a thread for an instant after it was joined."""
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        os.sched_yield()
+    assert condition()
+
+
+def test_many_starts_hold_nothing(image: Path, no_leaks: None) -> None:
+    with ring(Blk(image, threads=1)) as disk:
+        gc.collect()
+        before = fds.holdings()
+        for _ in range(300):
+            disk.device.stop_queue(disk.queue)
+            assert disk.device.start_queue(disk.queue)
+        after = fds.holdings()
+        assert after.fds == before.fds
+        assert after.maps == before.maps
+        gone(lambda: len(fds.holdings().threads) == len(before.threads))
+        assert disk.request(BlkType.IN, 0, room=512)[0] == 0
+
+
+def test_an_idle_engine_sleeps(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    with (
+        serving(Blk(image, num_queues=2, threads=2), tmp_path / "s") as server,
+        server.connect() as frontend,
+        BlkDriver(frontend, num_queues=2) as disk,
+    ):
+        load = Load(disk)
+        for _ in range(20):
+            load.fill()
+            load.reap()
+        load.check(image)
+        threading.Event().wait(0.1)  # those who look for more work give up
+        slept, used = engine_threads(), time.process_time()
+        assert len(slept) == 2
+        threading.Event().wait(1.0)
+        assert time.process_time() - used < 0.02
+        assert engine_threads() == slept
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_without_kicks(image: Path, tmp_path: Path, handler: str, packed: bool, no_leaks: None) -> None:
+    """SET_VRING_KICK without a descriptor: the device looks by itself."""
+    with (
+        serving(Blk(image, handler=handler), tmp_path / "s") as server,
+        server.connect() as frontend,
+        BlkDriver(frontend, packed=packed) as disk,
+    ):
+        frontend.set_vring_kick(0, None)
+        load = Load(disk)
+        for _ in range(30):
+            load.fill()
+            load.reap(wait=True)
+        load.check(image)
