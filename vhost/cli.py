@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -161,15 +160,18 @@ def run_serve(args: argparse.Namespace) -> int:
     ):
         where = args.socket_path or f"fd {args.fd}"
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
-        while not server.closed:
-            ready, _, _ = select.select([server.fileno(), wakeup.fileno()], [], [])
-            if wakeup.fileno() in ready:
-                caught = set(wakeup.recv(64))
-                if caught & {signal.SIGTERM, signal.SIGINT}:
-                    break
-                for device in list(alive):
+
+        def signalled() -> None:
+            if set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+                server.close()
+            for device in list(alive):
+                try:
                     device.refresh()
-            server.step()
+                except OSError as error:
+                    print(f"vhost: {error}", file=sys.stderr, flush=True)
+
+        server.add_reader(wakeup.fileno(), signalled)
+        server.serve_forever()
     return 0
 
 

@@ -164,7 +164,7 @@ class Frontend(VhostOps):
         session.protocol_features = self.protocol_features
         self.channel = Transport(ours, session)
         self._channel_open = True
-        self.transport.meanwhile[ours.fileno()] = self._serve_channel
+        self.transport.serve_meanwhile(ours.fileno(), self._serve_channel)
         with theirs:
             self._send(F.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
@@ -345,7 +345,7 @@ class Frontend(VhostOps):
                 if error.message is None:
                     # The session itself can go on without it.
                     self._channel_open = False
-                    self.transport.meanwhile.clear()
+                    self.transport.serve_meanwhile(self.channel.fileno(), None)
                 else:
                     self.channel.send(self.channel.session.ack(error.message, 1))
 

@@ -58,6 +58,7 @@ class Server:
         self.backends: dict[int, Backend] = {}
         """The sessions, by the descriptor that each is polled by."""
         self.closed = False
+        self._readers: dict[int, Callable[[], None]] = {}
         self._epoll = select.epoll()
         self._listener: socket.socket | None = None
         self._accepting = False
@@ -159,8 +160,15 @@ class Server:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Do what there is to do now, without blocking."""
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Have ``step()`` call this, too, when the descriptor is readable: for what else the program's
+        only thread has to wait for."""
+        self._readers[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def step(self, timeout: float | None = 0.0) -> None:
+        """Do what there is to do now, without blocking; or wait up to ``timeout`` seconds for something
+        first (None: for ever)."""
         if self.closed:
             return
         if self.timeout == 0.0:
@@ -169,12 +177,17 @@ class Server:
             else:
                 self._starved = False
                 self._accept_more()
-        for fd, _ in self._epoll.poll(0):
+        for fd, _ in self._epoll.poll(timeout):
             backend = self.backends.get(fd)
-            if backend is None:
+            if backend is not None:
+                if not backend.step():
+                    self._end(fd)
+            elif fd in self._readers:
+                self._readers[fd]()
+                if self.closed:
+                    return
+            else:
                 self._accept()
-            elif not backend.step():
-                self._end(fd)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -211,12 +224,8 @@ class Server:
 
     def serve_forever(self) -> None:
         """Until ``close()``, or the end of the one session of a connected ``fd``."""
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
         while not self.closed:
-            timeout = self.timeout
-            poll.poll(None if timeout is None else timeout * 1000)
-            self.step()
+            self.step(self.timeout)
 
     def close(self) -> None:
         """End all sessions; remove the socket, if it is still ours. Idempotent."""

@@ -50,11 +50,9 @@ class Transport:
         self.pending = 0
         """Bytes that wait until the socket takes them; poll for POLLOUT while there are any."""
         self._queue: deque[_Queued] = deque()
-        self.meanwhile: dict[int, Callable[[], None]] = {}
-        """By descriptor: what to call when it is readable while ``call`` waits. The peer may want an
-        answer on another channel before it gives ours."""
         self._poll: select.poll | None = None
         self._polled = 0
+        self._meanwhile: dict[int, Callable[[], None]] = {}
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -184,9 +182,10 @@ class Transport:
         return message
 
     def _wait(self, event: int, deadline: float | None, timeout: float | None, outgoing: Outgoing) -> None:
-        if self._poll is None:
-            self._poll = select.poll()
-            self._poll.register(self.socket, event)
+        poll = self._poll
+        if poll is None:
+            poll = self._poll = select.poll()
+            poll.register(self.socket, event)
             self._polled = event
         left = None
         if deadline is not None:
@@ -195,18 +194,25 @@ class Transport:
                 what = "no reply" if event == select.POLLIN else "could not be sent"
                 raise ReplyTimeout(f"{what} within {timeout} s", request=outgoing.name)
         if event != self._polled:
-            self._poll.modify(self.socket, event)
+            poll.modify(self.socket, event)
             self._polled = event
-        if not self.meanwhile:
-            self._poll.poll(left)
-            return
-        for fd in self.meanwhile:
+        for fd, _ in poll.poll(left):
+            serve = self._meanwhile.get(fd)
+            if serve is not None:
+                serve()
+
+    def serve_meanwhile(self, fd: int, serve: Callable[[], None] | None) -> None:
+        """Call this when the descriptor is readable while ``call`` waits (None: no longer). The peer
+        may want an answer on another channel before it gives ours."""
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self.socket, select.POLLIN)
+            self._polled = select.POLLIN
+        if serve is not None:
+            self._meanwhile[fd] = serve
             self._poll.register(fd, select.POLLIN)
-        ready = self._poll.poll(left)
-        for fd in self.meanwhile:
+        elif self._meanwhile.pop(fd, None) is not None:
             self._poll.unregister(fd)
-        for serve in [self.meanwhile[fd] for fd, _ in ready if fd in self.meanwhile]:
-            serve()
 
 
 def _reason(error: OSError) -> str:
