@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 
 import fds
 from devices.disks import HANDLERS, Ring, pattern, ring, serving, wait_for
+from devices.load import Load
 from vhost.devices._blk_engine import MAX_RANGES
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import MAX_RANGE_SECTORS
@@ -31,8 +31,6 @@ from vhost.virtio_blk import BlkConfig, BlkType
 
 SECTORS = 2048
 SIZE = SECTORS * 512
-BLOCK = 8
-"""Sectors of a request in the tests under load."""
 
 
 @pytest.fixture
@@ -294,65 +292,6 @@ def test_claim_is_held_while_any_ring_runs(image: Path, tmp_path: Path, no_leaks
 
 
 # -- under load ------------------------------------------------------------------------------------
-
-
-class Load:
-    """Random reads and writes, each of a block that no other request in flight touches, and what the
-    disk has to hold. Each block says who wrote it, so that a request done twice or on stale memory shows."""
-
-    def __init__(self, disk: BlkDriver, seed: int = 1) -> None:
-        self.disk = disk
-        self.rnd = random.Random(seed)
-        self.blocks = SECTORS // BLOCK
-        self.content = dict.fromkeys(range(self.blocks), b"")
-        self.busy: set[int] = set()
-        self.done = 0
-        self.queues = len(disk.queues)
-
-    def fill(self) -> None:
-        for queue in range(self.queues):
-            while True:
-                block = self.rnd.randrange(self.blocks)
-                if block in self.busy:
-                    continue
-                try:
-                    if self.rnd.random() < 0.5 or not self.content[block]:
-                        data = self.rnd.randbytes(BLOCK * 512)
-                        self.disk.submit_write(block * BLOCK, data, (block, data), queue=queue)
-                    else:
-                        self.disk.submit_read(block * BLOCK, BLOCK, (block, None), queue=queue)
-                except BufferError:
-                    break
-                self.busy.add(block)
-
-    def reap(self, *, wait: bool = False) -> int:
-        done = self.disk.poll(0.0)
-        if wait and not done:
-            busiest = max(range(self.queues), key=lambda q: len(self.disk._flying[q]))
-            done = self.disk.poll(10.0, queue=busiest)
-            assert done, "requests got lost"
-        for one in done:
-            assert one.error is None
-            block, data = one.token
-            self.busy.remove(block)
-            if data is None:
-                assert one.data == self.content[block]
-            else:
-                self.content[block] = data
-        self.done += len(done)
-        return len(done)
-
-    def drain(self) -> None:
-        while self.disk.in_flight:
-            self.reap(wait=True)
-        assert not self.busy
-
-    def check(self, image: Path) -> None:
-        self.drain()
-        stored = image.read_bytes()
-        for block, data in self.content.items():
-            if data:
-                assert stored[block * BLOCK * 512 : (block + 1) * BLOCK * 512] == data
 
 
 def restart(frontend: Frontend, disk: BlkDriver, index: int) -> None:

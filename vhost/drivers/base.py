@@ -7,6 +7,7 @@ Owns the memory that it shares, the rings in it and their eventfds. Knows no par
 from __future__ import annotations
 
 import os
+from enum import IntFlag
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +33,8 @@ class Driver:
 
     features: int = 0
     """Bits of this device type that the driver can use."""
+    names: type[IntFlag] = VirtioF
+    """What these bits are called."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class Driver:
         if not offered & VirtioF.VERSION_1:
             raise VhostError("the device is a legacy one: it does not offer VERSION_1")
         if packed and not offered & VirtioF.RING_PACKED:
-            names = " ".join(feature_names(offered))
+            names = " ".join(feature_names(offered, self.names, VirtioF))
             raise InactiveFeature(f"the device offers no packed rings (RING_PACKED), only {names}")
         wanted = int(VirtioF.VERSION_1 | RING_FEATURES) | self.features
         if packed is False:
@@ -133,7 +136,7 @@ class Driver:
         to offer what was negotiated. What was in flight is the subclass's to submit again."""
         missing = self.negotiated & ~ops.get_features()
         if missing:
-            names = " ".join(feature_names(missing))
+            names = " ".join(feature_names(missing, self.names, VirtioF))
             raise InactiveFeature(f"the back-end that came back no longer offers {names}")
         self.ops = ops
         self.queues = [

@@ -81,6 +81,7 @@ class Blk(Driver):
         | BlkF.DISCARD
         | BlkF.WRITE_ZEROES
     )
+    names = BlkF
 
     def __init__(
         self,
