@@ -1,0 +1,447 @@
+/* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
+/*
+ * The block engine's threads against drivers in threads of their own: each driver writes blocks that
+ * only it uses, reads them back and compares, and sleeps whenever the rules allow it, so that a kick or
+ * call that is lost shows as a driver which waits for ever. Meanwhile the rings are taken from the
+ * engine and given back.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "engine_blk.h"
+
+#ifdef __SANITIZE_THREAD__
+#define REQUESTS 1500u
+#define HANDOVERS 150u
+#else
+#define REQUESTS 10000u
+#define HANDOVERS 1000u
+#endif
+
+#define NUM 64u
+#define DEPTH 16u
+#define QUEUES 4u
+#define BLOCK 1024u
+#define SLOT (64 + BLOCK)
+#define GUEST 0x100000000ull
+#define LONG_WAIT_MS 30000
+
+static const int no_repairs;
+
+struct lane { /* a ring, its driver and what it needs */
+	struct driver_queue dq;
+	struct virtqueue vq;
+	struct blk_queue bq;
+	int kick, call;
+	uint8_t *mem; /* DEPTH slots: header, status, data */
+	uint64_t guest;
+	unsigned index;
+	pthread_t thread;
+	uint64_t sleeps;
+};
+
+struct world {
+	struct guest_memory mem;
+	uint8_t *host;
+	size_t size;
+	struct blk_disk disk;
+	struct blk_engine engine;
+	struct lane lanes[QUEUES];
+};
+
+#define AREA 8192u
+#define LANE (3 * AREA + ((DEPTH * SLOT + 4095u) & ~4095u))
+
+static void world_init(struct world *w, bool packed, bool event_idx, unsigned workers)
+{
+	struct guest_region region;
+	uint32_t bad;
+
+	memset(w, 0, sizeof(*w));
+	w->size = QUEUES * LANE;
+	w->host = mmap(NULL, w->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(w->host != MAP_FAILED);
+	region = (struct guest_region){ GUEST, GUEST, w->size, w->host };
+	CHECK_EQ(guest_memory_init(&w->mem, &region, 1, &bad), 0);
+	w->disk.fd = memfd_create("disk", MFD_CLOEXEC);
+	CHECK(w->disk.fd >= 0);
+	w->disk.capacity = QUEUES * DEPTH * BLOCK / 512;
+	CHECK_EQ(ftruncate(w->disk.fd, w->disk.capacity * 512), 0);
+	CHECK_EQ(blk_engine_init(&w->engine, workers, "engine", &no_repairs), 0);
+	for (unsigned i = 0; i < QUEUES; i++) {
+		struct lane *l = &w->lanes[i];
+		uint8_t *at = w->host + i * LANE;
+		struct virtqueue_areas areas = { at, at + AREA, at + 2 * AREA };
+		uint32_t base = packed ? 0x80008000 : 0;
+		struct driver_config driver = { .areas = areas, .num = NUM, .base = base,
+						.packed = packed, .event_idx = event_idx };
+		struct virtqueue_config device = { .areas = areas, .mem = &w->mem, .num = NUM,
+						   .base = base, .packed = packed,
+						   .indirect = true, .event_idx = event_idx };
+
+		l->index = i;
+		l->mem = at + 3 * AREA;
+		l->guest = GUEST + (l->mem - w->host);
+		l->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		l->call = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		CHECK(l->kick >= 0 && l->call >= 0);
+		CHECK_EQ(driver_queue_init(&l->dq, &driver), 0);
+		CHECK_EQ(virtqueue_init(&l->vq, &device), 0);
+	}
+}
+
+static void world_destroy(struct world *w)
+{
+	for (unsigned i = 0; i < QUEUES; i++) {
+		struct lane *l = &w->lanes[i];
+
+		driver_queue_destroy(&l->dq);
+		virtqueue_destroy(&l->vq);
+		close(l->kick);
+		close(l->call);
+	}
+	blk_engine_destroy(&w->engine);
+	guest_memory_destroy(&w->mem);
+	close(w->disk.fd);
+	munmap(w->host, w->size);
+}
+
+static void attach_with(struct world *w, unsigned i, int kick)
+{
+	struct lane *l = &w->lanes[i];
+	struct blk_queue_config cfg = { &l->vq, &w->disk, false, kick, l->call };
+
+	CHECK_EQ(blk_engine_attach(&w->engine, i % w->engine.nworkers, &l->bq, &cfg), 0);
+}
+
+static void attach(struct world *w, unsigned i)
+{
+	attach_with(w, i, w->lanes[i].kick);
+}
+
+static void detach(struct world *w, unsigned i)
+{
+	blk_engine_detach(&w->engine, &w->lanes[i].bq);
+	CHECK_EQ(w->lanes[i].vq.inuse, 0); /* what was popped is published */
+}
+
+static unsigned open_fds(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	unsigned n = 0;
+
+	CHECK(dir);
+	while (readdir(dir))
+		n++;
+	closedir(dir);
+	return n;
+}
+
+/* ------------------------------------------------------------------ the driver */
+
+static uint32_t rnd(uint64_t *state, uint32_t below)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return (uint32_t)(*state >> 33) % below;
+}
+
+static void ring(int fd)
+{
+	uint64_t one = 1;
+
+	CHECK_EQ(write(fd, &one, sizeof(one)), sizeof(one));
+}
+
+static void fill_block(uint8_t *data, unsigned lane, uint64_t seq)
+{
+	for (unsigned i = 0; i < BLOCK; i++)
+		data[i] = (uint8_t)(seq * 31 + lane * 7 + i + (i >> 8));
+}
+
+/* A slot's request: its block is written, then read, in turn. */
+static void submit(struct lane *l, unsigned slot, uint64_t seq)
+{
+	uint8_t *at = l->mem + slot * SLOT;
+	uint64_t guest = l->guest + slot * SLOT;
+	bool write = !(seq & 1);
+	struct blk_req_header header = { write ? BLK_T_OUT : BLK_T_IN, 0,
+					 (l->index * DEPTH + slot) * (BLOCK / 512) };
+	struct virtqueue_buf bufs[3] = {
+		{ guest, sizeof(header) }, { guest + 64, BLOCK }, { guest + 32, 1 }
+	};
+
+	memcpy(at, &header, sizeof(header));
+	at[32] = 0xEE;
+	if (write)
+		fill_block(at + 64, l->index, seq);
+	else
+		memset(at + 64, 0, BLOCK);
+	CHECK(virtqueue_add(&l->dq, bufs, write ? 2 : 1, write ? 1 : 2, slot) >= 0);
+}
+
+static void check_answer(struct lane *l, unsigned slot, uint64_t seq, uint32_t written)
+{
+	uint8_t *at = l->mem + slot * SLOT, want[BLOCK];
+
+	CHECK_EQ(at[32], BLK_S_OK);
+	CHECK_EQ(written, seq & 1 ? BLOCK + 1 : 1);
+	if (seq & 1) {
+		fill_block(want, l->index, seq - 1);
+		CHECK(!memcmp(at + 64, want, BLOCK));
+	}
+}
+
+static void sleep_until_call(struct lane *l)
+{
+	struct pollfd p = { .fd = l->call, .events = POLLIN };
+	uint64_t count;
+
+	l->sleeps++;
+	if (poll(&p, 1, LONG_WAIT_MS) != 1) {
+		fprintf(stderr, "[%s] queue %u waits in vain: %s\n", check_context, l->index,
+			virtqueue_more_used(&l->dq) ? "was not called" : "was not served");
+		exit(1);
+	}
+	CHECK(read(l->call, &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);
+}
+
+/* Pauses of the length that the engine's looking is about, in between bursts. */
+static void *drive(void *arg)
+{
+	struct lane *l = arg;
+	uint64_t seq[DEPTH] = { 0 }, state = 88172645463325252ull + l->index, token;
+	bool busy[DEPTH] = { false };
+	unsigned sent = 0, done = 0, out = 0, burst, slot;
+	uint32_t written;
+	int rc;
+
+	while (done < REQUESTS) {
+		for (burst = 1 + rnd(&state, DEPTH); burst && sent < REQUESTS && out < DEPTH; burst--) {
+			for (slot = rnd(&state, DEPTH); busy[slot]; slot = (slot + 1) % DEPTH)
+				;
+			submit(l, slot, seq[slot]);
+			busy[slot] = true;
+			sent++;
+			out++;
+			if (!rnd(&state, 3) && virtqueue_kick_prepare(&l->dq))
+				ring(l->kick);
+		}
+		if (virtqueue_kick_prepare(&l->dq))
+			ring(l->kick);
+		while (!(rc = virtqueue_get_buf(&l->dq, &token, &written)) && out) {
+			if (!virtqueue_enable_cb(&l->dq))
+				sleep_until_call(l);
+			if (rnd(&state, 2))
+				virtqueue_disable_cb(&l->dq);
+		}
+		CHECK(rc >= 0);
+		for (; rc > 0; rc = virtqueue_get_buf(&l->dq, &token, &written)) {
+			check_answer(l, token, seq[token], written);
+			seq[token]++;
+			busy[token] = false;
+			out--;
+			done++;
+		}
+		CHECK_EQ(rc, 0);
+		for (unsigned n = rnd(&state, 4) ? 0 : rnd(&state, 3000); n; n--)
+			cpu_relax();
+	}
+	CHECK_EQ(out, 0);
+	return NULL;
+}
+
+static void start_drivers(struct world *w, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++)
+		CHECK_EQ(pthread_create(&w->lanes[i].thread, NULL, drive, &w->lanes[i]), 0);
+}
+
+static void join_drivers(struct world *w, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++)
+		pthread_join(w->lanes[i].thread, NULL);
+}
+
+/* ------------------------------------------------------------------ tests */
+
+static const struct {
+	bool packed, event_idx;
+	unsigned workers;
+	const char *name;
+} setups[] = {
+	{ false, false, 1, "split, 1 worker" },	 { false, true, 1, "split, event_idx, 1 worker" },
+	{ false, true, 3, "split, 3 workers" },	 { true, false, 1, "packed, 1 worker" },
+	{ true, true, 1, "packed, event_idx" },	 { true, false, 2, "packed, 2 workers" },
+};
+
+#define FOR_EACH_SETUP(s)                                                                          \
+	for (unsigned s = 0; s < sizeof(setups) / sizeof(setups[0]); s++)                          \
+		if ((check_context = setups[s].name))
+
+static void test_several_queues(void)
+{
+	struct world w;
+
+	FOR_EACH_SETUP(s) {
+		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		for (unsigned i = 0; i < QUEUES; i++)
+			attach(&w, i);
+		start_drivers(&w, QUEUES);
+		join_drivers(&w, QUEUES);
+		for (unsigned i = 0; i < QUEUES; i++)
+			detach(&w, i);
+		world_destroy(&w);
+	}
+}
+
+/* One driver with a worker of its own: nobody else wakes that worker by accident. */
+static void test_spinning_and_sleeping(void)
+{
+	struct world w;
+
+	FOR_EACH_SETUP(s) {
+		world_init(&w, setups[s].packed, setups[s].event_idx, 1);
+		attach(&w, 0);
+		start_drivers(&w, 1);
+		join_drivers(&w, 1);
+		CHECK(w.lanes[0].sleeps > 0);
+		detach(&w, 0);
+		world_destroy(&w);
+	}
+}
+
+static void test_taken_away_under_load(void)
+{
+	uint64_t state = 362436069;
+	bool there[QUEUES];
+	struct world w;
+	unsigned i;
+
+	FOR_EACH_SETUP(s) {
+		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		memset(there, 0, sizeof(there));
+		start_drivers(&w, QUEUES);
+		for (unsigned n = 0; n < HANDOVERS; n++) {
+			i = rnd(&state, QUEUES);
+			if (there[i])
+				detach(&w, i);
+			else
+				attach(&w, i);
+			there[i] = !there[i];
+		}
+		for (i = 0; i < QUEUES; i++)
+			if (!there[i])
+				attach(&w, i);
+		join_drivers(&w, QUEUES);
+		for (i = 0; i < QUEUES; i++)
+			detach(&w, i);
+		world_destroy(&w);
+	}
+}
+
+/* The second comes while the first one's thread has only just begun. */
+static void test_attached_at_once(void)
+{
+	struct world w;
+	unsigned fds;
+
+	check_context = "";
+	world_init(&w, false, true, 1);
+	fds = open_fds();
+	for (unsigned n = 0; n < HANDOVERS; n++) {
+		for (unsigned i = 0; i < QUEUES; i++)
+			attach(&w, i);
+		for (unsigned i = 0; i < QUEUES; i++)
+			detach(&w, (i + n) % QUEUES);
+		CHECK(!w.engine.workers[0].running);
+	}
+	CHECK_EQ(open_fds(), fds);
+	world_destroy(&w);
+}
+
+static void test_without_a_kick(void)
+{
+	struct world w;
+
+	world_init(&w, true, true, 1);
+	attach_with(&w, 0, -1);
+	attach(&w, 1);
+	start_drivers(&w, 2);
+	join_drivers(&w, 2);
+	detach(&w, 0);
+	detach(&w, 1);
+	world_destroy(&w);
+}
+
+static void test_refused(void)
+{
+	struct world w;
+	struct blk_queue_config cfg;
+	unsigned fds;
+
+	world_init(&w, false, false, 1);
+	cfg = (struct blk_queue_config){ &w.lanes[0].vq, &w.disk, false, w.disk.fd, -1 };
+	fds = open_fds();
+	CHECK_EQ(blk_engine_attach(&w.engine, 0, &w.lanes[0].bq, &cfg), -EPERM);
+	CHECK_EQ(open_fds(), fds);
+	cfg.kick = 1 << 20;
+	CHECK_EQ(blk_engine_attach(&w.engine, 0, &w.lanes[0].bq, &cfg), -EBADF);
+	CHECK_EQ(open_fds(), fds);
+	blk_engine_detach(&w.engine, &w.lanes[0].bq);
+	attach(&w, 0);
+	start_drivers(&w, 1);
+	join_drivers(&w, 1);
+	detach(&w, 0);
+	world_destroy(&w);
+}
+
+/* No status: that ring ends, the owner is told, and the ring beside it goes on. */
+static void test_broken(void)
+{
+	struct world w;
+	struct lane *l = &w.lanes[1];
+	struct virtqueue_buf buf;
+	struct pollfd p;
+
+	world_init(&w, false, true, 1);
+	attach(&w, 0);
+	attach(&w, 1);
+	start_drivers(&w, 1);
+	p = (struct pollfd){ .fd = blk_engine_notice(&w.engine), .events = POLLIN };
+	CHECK_EQ(poll(&p, 1, 0), 0);
+	buf = (struct virtqueue_buf){ l->guest, 16 };
+	CHECK(virtqueue_add(&l->dq, &buf, 1, 0, 0) >= 0);
+	CHECK(virtqueue_kick_prepare(&l->dq));
+	ring(l->kick);
+	CHECK_EQ(poll(&p, 1, LONG_WAIT_MS), 1);
+	CHECK_EQ(LOAD_ACQUIRE(l->vq.report.fault), VQ_REQUEST_STATUS);
+	CHECK_EQ(l->vq.report.limit, 1);
+	join_drivers(&w, 1);
+	detach(&w, 0);
+	blk_engine_detach(&w.engine, &l->bq);
+	world_destroy(&w);
+}
+
+int main(void)
+{
+	RUN(test_several_queues);
+	RUN(test_spinning_and_sleeping);
+	RUN(test_taken_away_under_load);
+	RUN(test_attached_at_once);
+	RUN(test_without_a_kick);
+	RUN(test_refused);
+	RUN(test_broken);
+	return 0;
+}
