@@ -214,6 +214,34 @@ def test_without_the_handler_a_truncated_file_is_fatal() -> None:
     assert not done.stdout
 
 
+def test_sealed_huge_pages_that_do_not_exist_break_the_region_and_not_the_process() -> None:
+    """A seal against shrinking is no promise of memory."""
+    done = run(
+        """
+        import fcntl, os
+        from vhost.memory import GuestMemory, Region, install_sigbus_handler
+        install_sigbus_handler()
+        try:
+            fd = os.memfd_create("m", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+        except OSError as error:
+            print("none here:", error)
+            raise SystemExit(77)
+        huge = next(int(l.split()[1]) << 10 for l in open("/proc/meminfo") if l.startswith("Hugepagesize"))
+        free = next(int(l.split()[1]) for l in open("/proc/meminfo") if l.startswith("HugePages_Total"))
+        size = (free + 1) * huge  # one more than there are
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        memory = GuestMemory([Region.from_fd(fd, size, guest_addr=0, user_addr=0)])
+        assert all(memory.read(at, 4) == bytes(4) for at in range(0, size, huge))
+        assert memory.broken
+        print("alive")
+        """
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert (done.stdout, done.stderr) == ("alive\n", "")
+
+
 def test_a_bus_error_elsewhere_stays_fatal() -> None:
     done = run(
         """

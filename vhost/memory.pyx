@@ -108,11 +108,6 @@ cdef class Region:
         check_range("guest address", guest_addr, size)
         check_range("user address", user_addr, size)
         check_range("mmap offset", mmap_offset, size)
-        # The seals first: once the file cannot shrink, the size that is seen after that stays.
-        try:
-            sealed = bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-        except OSError:
-            sealed = False  # not a memfd: fstat says what it is
         try:
             status = os.fstat(fd)
         except OSError as error:
@@ -127,10 +122,11 @@ cdef class Region:
         self.mmap_offset = mmap_offset
         self.guest_addr = guest_addr
         self.user_addr = user_addr
-        if not sealed:
-            self.sigbus_handle = sigbus_register(self.map, self.map_size, &self.is_broken)
-            if self.sigbus_handle < 0:
-                raise OSError(-self.sigbus_handle, "cannot watch the mapping for SIGBUS")
+        # Seals do not make a peer's file safe: one of huge pages that do not exist cannot shrink, and
+        # every access to it faults.
+        self.sigbus_handle = sigbus_register(self.map, self.map_size, &self.is_broken)
+        if self.sigbus_handle < 0:
+            raise OSError(-self.sigbus_handle, "cannot watch the mapping for SIGBUS")
         return self
 
     cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page) except -1:
