@@ -43,7 +43,7 @@ def extension(name: str, *sources: str) -> Extension:
         name,
         [name.replace(".", "/") + ".pyx", *sources],
         include_dirs=["csrc"],
-        depends=HEADERS,
+        depends=[*HEADERS, *CORE],  # linked in, so a change there is one of the extension
         extra_compile_args=CFLAGS + WARNINGS + GENERATED,
         extra_link_args=["-pthread"],
     )
