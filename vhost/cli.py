@@ -31,6 +31,9 @@ CAPABILITIES = {
     "rng": {"type": "rng"},
 }
 
+MESSAGE_COLUMNS = ("id", "name", "sender", "request", "reply", "fds", "feature", "live", "doc")
+"""What fits a terminal; --json has all of a row."""
+
 
 def size(text: str) -> int:
     """Bytes, with an optional K, M, G or T (powers of 1024)."""
@@ -190,12 +193,19 @@ def run_messages(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    columns = list(rows[0])
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in columns[:-1]}
+    columns = MESSAGE_COLUMNS
+    widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in columns[:-1]}
     for row in ({name: name for name in columns}, *rows):
-        cells = [str(row[name]).ljust(widths[name]) for name in columns[:-1]]
-        print("  ".join([*cells, str(row[columns[-1]])]).rstrip())
+        cells = [_cell(row[name]).ljust(widths[name]) for name in columns[:-1]]
+        print("  ".join([*cells, _cell(row[columns[-1]])]).rstrip())
     return 0
+
+
+def _cell(value: object) -> str:
+    """For the eye: yes or nothing, and features without the prefix that all of them have."""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return str(value).removeprefix("VHOST_USER_").removeprefix("PROTOCOL_F_")
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -394,6 +395,12 @@ static void test_errno_kept(void)
 
 int main(void)
 {
+	struct rlimit files;
+
+	/* More mappings than an ordinary user may have files open by default. */
+	CHECK_EQ(getrlimit(RLIMIT_NOFILE, &files), 0);
+	files.rlim_cur = files.rlim_max;
+	CHECK_EQ(setrlimit(RLIMIT_NOFILE, &files), 0);
 	page = (size_t)sysconf(_SC_PAGESIZE);
 	RUN(test_refuses);
 	RUN(test_foreign); /* before this process has the handler itself */
