@@ -46,6 +46,8 @@ struct lane { /* a ring, its driver and what it needs */
 	uint8_t *mem; /* DEPTH slots: header, status, data */
 	uint64_t guest;
 	unsigned index;
+	unsigned depth;	 /* requests at a time ... */
+	unsigned pauses; /* ... and one burst out of so many ends with a pause */
 	pthread_t thread;
 	uint64_t sleeps;
 };
@@ -90,6 +92,8 @@ static void world_init(struct world *w, bool packed, bool event_idx, unsigned wo
 						   .indirect = true, .event_idx = event_idx };
 
 		l->index = i;
+		l->depth = DEPTH;
+		l->pauses = 4;
 		l->mem = at + 3 * AREA;
 		l->guest = GUEST + (l->mem - w->host);
 		l->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -228,7 +232,7 @@ static void *drive(void *arg)
 	int rc;
 
 	while (done < REQUESTS) {
-		for (burst = 1 + rnd(&state, DEPTH); burst && sent < REQUESTS && out < DEPTH; burst--) {
+		for (burst = 1 + rnd(&state, l->depth); burst && sent < REQUESTS && out < l->depth; burst--) {
 			for (slot = rnd(&state, DEPTH); busy[slot]; slot = (slot + 1) % DEPTH)
 				;
 			submit(l, slot, seq[slot]);
@@ -255,7 +259,7 @@ static void *drive(void *arg)
 			done++;
 		}
 		CHECK_EQ(rc, 0);
-		for (unsigned n = rnd(&state, 4) ? 0 : rnd(&state, 3000); n; n--)
+		for (unsigned n = rnd(&state, l->pauses) ? 0 : rnd(&state, 3000); n; n--)
 			cpu_relax();
 	}
 	CHECK_EQ(out, 0);
@@ -306,13 +310,18 @@ static void test_several_queues(void)
 	}
 }
 
-/* One driver with a worker of its own: nobody else wakes that worker by accident. */
+/*
+ * One driver with a worker of its own: nobody else wakes that worker by accident. Of one request at a
+ * time, each may be the one that comes between the worker's last look and its sleep.
+ */
 static void test_spinning_and_sleeping(void)
 {
 	struct world w;
 
 	FOR_EACH_SETUP(s) {
 		world_init(&w, setups[s].packed, setups[s].event_idx, 1);
+		w.lanes[0].depth = 1;
+		w.lanes[0].pauses = 1;
 		attach(&w, 0);
 		start_drivers(&w, 1);
 		join_drivers(&w, 1);
