@@ -150,6 +150,32 @@ def test_completions(path: Path) -> None:
         assert disk.poll(0.01) == []
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_requests_share_kicks(path: Path, packed: bool) -> None:
+    """The first one of all is told of at once; those behind it together, at the latest by poll()."""
+    without = int(VirtioF.IN_ORDER | VirtioF.RING_EVENT_IDX)
+    with connect(path) as frontend, Blk(frontend, packed=packed, without=without) as disk:
+        (queue,) = disk.queues
+        frontend.set_vring_enable(0, False)
+        os.eventfd_write(queue.kick_fd, 1)
+        counts = []
+        for token in range(20):
+            os.eventfd_read(queue.kick_fd)
+            disk.submit_read(token, 1, token)
+            os.eventfd_write(queue.kick_fd, 1)
+            counts.append(os.eventfd_read(queue.kick_fd) - 1)
+            os.eventfd_write(queue.kick_fd, 1)
+        assert counts == [int(i in (0, 8, 16)) for i in range(20)]
+        os.eventfd_read(queue.kick_fd)
+        assert disk.poll() == []
+        assert os.eventfd_read(queue.kick_fd) == 1
+        frontend.set_vring_enable(0, True)
+        found = []
+        while disk.in_flight:
+            found += disk.poll(10.0)
+        assert [one.token for one in found] == list(range(20))
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

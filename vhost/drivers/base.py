@@ -139,9 +139,7 @@ class Driver:
             names = " ".join(feature_names(missing, self.names, VirtioF))
             raise InactiveFeature(f"the back-end that came back no longer offers {names}")
         self.ops = ops
-        self.queues = [
-            self._queue_on(queue.index, queue.kick_fd, queue.call_fd) for queue in self.queues
-        ]
+        self.queues = [self._queue_on(queue.index, queue.kick_fd, queue.call_fd) for queue in self.queues]
         self._start()
 
     # -- the end -----------------------------------------------------------------------------------

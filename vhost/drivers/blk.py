@@ -23,6 +23,9 @@ from vhost.virtio_blk import HEADER, ID_BYTES, RANGE, RANGE_UNMAP, SECTOR, BlkCo
 _HEAD_ROOM = 64
 """Header and status of a request, on a cache line of their own, before its data."""
 _STATUS = 32
+_OK = int(BlkStatus.OK)
+KICK_EVERY = 8
+"""Requests that are submitted behind others share a kick with as many."""
 _CONFIG_SIZES = (60, 36, 24, 8)
 """What to ask for, from all fields to the capacity alone: a back-end may refuse more than it has."""
 
@@ -59,11 +62,21 @@ class _Slot:
     type: BlkType = BlkType.IN
     sector: int = 0
     count: int = 0
+    sent: int = -1
+    room: int = -1
     readable: tuple[tuple[int, int], ...] = ()
     writable: tuple[tuple[int, int], ...] = ()
-    length: int = 0
     token: Any = None
-    serial: int = 0
+
+    def lay_out(self, sent: int, room: int) -> None:
+        """The request's buffers, for so many bytes of data in either direction. Most requests are of the
+        same size as the one before, so these are kept."""
+        self.sent, self.room = sent, room
+        self.readable, self.writable = ((self.addr, HEADER.size),), ((self.addr + _STATUS, 1),)
+        if sent:
+            self.readable += ((self.addr + _HEAD_ROOM, sent),)
+        if room:
+            self.writable = ((self.addr + _HEAD_ROOM, room), *self.writable)
 
 
 class Blk(Driver):
@@ -111,8 +124,9 @@ class Blk(Driver):
         )
         self.max_transfer = max_transfer
         self._free: list[list[_Slot]] = []
-        self._flying: list[dict[int, _Slot]] = [{} for _ in range(num_queues)]
-        self._serial = 0
+        # As a set that keeps the order in which they were submitted.
+        self._flying: list[dict[_Slot, None]] = [{} for _ in range(num_queues)]
+        self._unkicked = [0] * num_queues
         for index in range(num_queues):
             first = self.data_addr + index * depth * self._slot_size
             addrs = range(first, first + depth * self._slot_size, self._slot_size)
@@ -202,7 +216,9 @@ class Blk(Driver):
     # -- many at a time ----------------------------------------------------------------------------
 
     def submit_read(self, sector: int, count: int, token: Any = None, *, queue: int = 0) -> None:
-        """Start a read of up to ``max_transfer`` bytes. BufferError: ``depth`` are in flight."""
+        """Start a read of up to ``max_transfer`` bytes. BufferError: ``depth`` are in flight.
+
+        The device is told at once if it has nothing else to do, else after a few more, or by ``poll``."""
         self._submit(queue, BlkType.IN, sector, count, b"", count * SECTOR, token)
 
     def submit_write(
@@ -223,6 +239,9 @@ class Blk(Driver):
         """What is done since the last time. Waits up to ``timeout`` seconds (None: for ever) for
         something; with several queues and a timeout, say which ``queue`` to wait for."""
         queues = self.queues if queue is None else [self.queues[queue]]
+        for one in queues:
+            if self._unkicked[one.index]:
+                self._kick(one.index)
         done = [completion for one in queues for completion in self._reap(one)]
         if not done and timeout != 0.0 and queues[0].wait(timeout):
             done = self._reap(queues[0])
@@ -246,44 +265,46 @@ class Blk(Driver):
         HEADER.pack_into(slot.view, 0, kind, 0, 0 if kind in _BY_RANGE else sector)
         # A device that answers without writing a status must not be taken for one that did.
         slot.view[_STATUS] = 0xFF
-        readable = [(slot.addr, HEADER.size)]
-        writable = []
         if data:
             slot.view[_HEAD_ROOM : _HEAD_ROOM + len(data)] = data
-            readable.append((slot.addr + _HEAD_ROOM, len(data)))
-        if room:
-            writable.append((slot.addr + _HEAD_ROOM, room))
-        writable.append((slot.addr + _STATUS, 1))
-        self._serial += 1
-        slot.type, slot.sector, slot.count = kind, sector, count
-        slot.readable, slot.writable, slot.length = tuple(readable), tuple(writable), room
-        slot.token, slot.serial = token, self._serial
+        if slot.room != room or slot.sent != len(data):
+            slot.lay_out(len(data), room)
+        slot.type, slot.sector, slot.count, slot.token = kind, sector, count, token
         try:
             self.queues[index].add(slot.readable, slot.writable, slot)
         except BaseException:
             self._free[index].append(slot)
             raise
-        self._flying[index][slot.serial] = slot
+        flying = self._flying[index]
+        flying[slot] = None
+        self._unkicked[index] += 1
+        # A kick may cost more than all the rest, so those behind the first share one. They cannot be
+        # forgotten: whoever waits for the first one to be done calls poll() then.
+        if len(flying) == 1 or self._unkicked[index] >= KICK_EVERY:
+            self._kick(index)
+
+    def _kick(self, index: int) -> None:
+        self._unkicked[index] = 0
         self.queues[index].kick()
 
     def _reap(self, queue: DriverQueue) -> list[Completion]:
         done = []
+        flying, free = self._flying[queue.index], self._free[queue.index]
         for slot, written in queue.get_used_batch(self.depth):
-            del self._flying[queue.index][slot.serial]
+            del flying[slot]
+            room = slot.room
             status = slot.view[_STATUS]
             data, error = None, None
-            if status != BlkStatus.OK:
+            if status != _OK:
                 error = BlkError(slot.type, slot.sector, slot.count, status)
-            elif slot.length:
+            elif 1 < written < room and slot.type == BlkType.IN:
                 # Some devices count no bytes at all; one that counts fewer than it was asked for lies.
-                short = slot.type == BlkType.IN and 1 < written < slot.length
-                if short:
-                    error = BlkError(slot.type, slot.sector, slot.count, BlkStatus.IOERR)
-                else:
-                    data = bytes(slot.view[_HEAD_ROOM : _HEAD_ROOM + slot.length])
+                error = BlkError(slot.type, slot.sector, slot.count, BlkStatus.IOERR)
+            elif room:
+                data = bytes(slot.view[_HEAD_ROOM : _HEAD_ROOM + room])
             done.append(Completion(slot.token, data, error))
             slot.token = None
-            self._free[queue.index].append(slot)
+            free.append(slot)
         return done
 
     def restart(self, ops: VhostOps) -> None:
@@ -291,11 +312,11 @@ class Blk(Driver):
         submitted again, in its order. What the dead one did of it may be done twice."""
         super().restart(ops)
         for queue, flying in zip(self.queues, self._flying, strict=True):
-            for _, slot in sorted(flying.items()):
+            for slot in flying:
                 slot.view[_STATUS] = 0xFF
                 queue.add(slot.readable, slot.writable, slot)
             if flying:
-                queue.kick()
+                self._kick(queue.index)
         self.read_config()
 
 
