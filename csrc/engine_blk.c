@@ -10,7 +10,6 @@
 #define _GNU_SOURCE /* pthread_setname_np, sched_getaffinity */
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -23,6 +22,7 @@
 
 #include "barrier.h"
 #include "engine_blk.h"
+#include "eventfd.h"
 
 #define SPIN_MAX_NS 32000u
 #define SPIN_START_NS 4000u
@@ -47,29 +47,11 @@ static void fault(struct virtqueue *vq, const struct vhost_chain *c, enum virtqu
 	STORE_RELEASE(vq->report.fault, what); /* others look for it at any time */
 }
 
-/*
- * Signals an eventfd that the peer shares. One in blocking mode blocks its writers once its counter is
- * full, which only a peer with bad intentions brings about: such a one is asked first, so that a
- * worker is always able to stop. Failure has no one to be told: the peer closed its end.
- */
-static void signal_fd(int fd, bool blocks)
-{
-	struct pollfd p = { .fd = fd, .events = POLLOUT };
-	uint64_t one = 1;
-	ssize_t n;
-
-	if (fd < 0 || (blocks && (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT))))
-		return;
-	do
-		n = write(fd, &one, sizeof(one));
-	while (n < 0 && errno == EINTR);
-}
-
 static void publish(struct blk_queue *q)
 {
 	virtqueue_flush(q->vq);
 	if (virtqueue_should_notify(q->vq))
-		signal_fd(q->call, q->call_blocks);
+		eventfd_signal(q->call); /* an error has no one to be told: the peer closed its end */
 }
 
 /* Runs chains that were popped. False: one was no request; those before it are staged. */
@@ -121,7 +103,7 @@ static bool serve(struct blk_worker *w, struct blk_queue *q)
 	publish(q);
 	if (unlikely(n < 0 || !ok)) {
 		q->failed = true;
-		signal_fd(w->engine->notice, false);
+		eventfd_signal(w->engine->notice);
 		return false;
 	}
 	return true;
@@ -276,7 +258,7 @@ static void look_for_repairs(struct blk_worker *w)
 	if (likely(repairs == w->repairs))
 		return;
 	w->repairs = repairs;
-	signal_fd(w->engine->notice, false);
+	eventfd_signal(w->engine->notice);
 }
 
 static void *worker_main(void *arg)
@@ -305,7 +287,7 @@ static void *worker_main(void *arg)
 static void wake(struct blk_worker *w)
 {
 	__atomic_store_n(&w->changed, true, __ATOMIC_RELAXED);
-	signal_fd(w->wake, false);
+	eventfd_signal(w->wake);
 }
 
 static int start_thread(struct blk_worker *w)
@@ -332,20 +314,10 @@ static int start_thread(struct blk_worker *w)
 	return 0;
 }
 
-static int dup_fd(int fd, int *to, bool *blocks)
+static int dup_fd(int fd, int *to)
 {
-	int flags;
-
-	*to = -1;
-	*blocks = false;
-	if (fd < 0)
-		return 0;
-	*to = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	if (*to < 0)
-		return -errno;
-	flags = fcntl(*to, F_GETFL);
-	*blocks = flags < 0 || !(flags & O_NONBLOCK);
-	return 0;
+	*to = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	return fd >= 0 && *to < 0 ? -errno : 0;
 }
 
 static void close_fds(struct blk_queue *q)
@@ -362,13 +334,12 @@ static void close_fds(struct blk_queue *q)
 
 static int open_fds(struct blk_queue *q, const struct blk_queue_config *cfg)
 {
-	bool unused;
 	int rc;
 
 	q->kick = q->call = -1;
-	rc = dup_fd(cfg->kick, &q->kick, &unused);
+	rc = dup_fd(cfg->kick, &q->kick);
 	if (!rc)
-		rc = dup_fd(cfg->call, &q->call, &q->call_blocks);
+		rc = dup_fd(cfg->call, &q->call);
 	if (rc)
 		close_fds(q);
 	return rc;

@@ -27,7 +27,6 @@ struct blk_queue {
 	bool writethrough;
 	/* Our own descriptors: the owner may close or replace his while a worker runs. -1: none. */
 	int kick, call;
-	bool call_blocks;
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;

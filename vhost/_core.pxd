@@ -43,6 +43,10 @@ cdef extern from "guest_memory.h" nogil:
     uint64_t guest_memory_write(guest_memory *, uint64_t, const void *, uint64_t)
 
 
+cdef extern from "eventfd.h" nogil:
+    int eventfd_signal(int)
+
+
 cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)

@@ -6,9 +6,7 @@ Knows the layout of rings, not their contents.
 
 import os
 
-from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from posix.unistd cimport write
 
 from vhost._core cimport (
     VRING_DESC_ALIGN,
@@ -17,6 +15,7 @@ from vhost._core cimport (
     VRING_SPLIT_AVAIL_ALIGN,
     VRING_SPLIT_NUM_MAX,
     VRING_SPLIT_USED_ALIGN,
+    eventfd_signal,
     guest_memory_area,
     guest_memory_user_area,
     virtqueue_areas,
@@ -102,14 +101,10 @@ cdef str fault_reason(const virtqueue_fault_report *report):
 
 
 cdef int signal(int fd) except -1:
-    # An eventfd that is full is as readable as one can be.
-    cdef uint64_t one = 1
-    if fd < 0:
-        return 0
-    while write(fd, &one, sizeof(one)) < 0:
-        if errno == EAGAIN:
-            return 0
-        if errno != EINTR:
-            error = errno
-            raise OSError(error, f"eventfd {fd}: {os.strerror(error)}")
+    cdef int rc
+    # Without the GIL: should the peer find a way to make us wait, it is for this thread alone.
+    with nogil:
+        rc = eventfd_signal(fd)
+    if rc:
+        raise OSError(-rc, f"eventfd {fd}: {os.strerror(-rc)}")
     return 0

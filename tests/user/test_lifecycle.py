@@ -433,6 +433,57 @@ def test_memory_that_is_truncated_under_a_running_ring(tmp_path: Path, kind: str
     assert "truncated" in done.stderr
 
 
+FULL = """
+import contextlib, os, sys
+from pathlib import Path
+import vhost
+sys.path.insert(0, {tests!r})
+from user import hostile as h
+from user.test_lifecycle import guest_on
+path = Path({path!r})
+factory = vhost.devices.Rng if {kind!r} == "rng" else lambda: vhost.devices.Blk({image!r})
+with h.served(factory, path), guest_on(path) as (other, _), guest_on(path) as (raw, guest):
+    other.negotiate()
+    raw.start()
+    for fd in (raw.call, raw.err):
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(fd)
+        os.eventfd_write(fd, 2**64 - 2)
+        os.set_blocking(fd, True)
+    guest.offer()
+    guest.offer(addr=1)  # outside: the ring breaks, which is told by `err`
+    guest.kick()
+    raw.ask(h.GET_VRING_BASE, h.state(0, 0))
+    assert other.ask(h.GET_FEATURES).u64
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("kind", ["rng", "blk"])
+def test_eventfds_that_would_block(tmp_path: Path, kind: str) -> None:
+    """The peer has the same open file: it fills the counter, and makes it blocking after we looked. In
+    a process of its own, for one that waits there cannot be stopped."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    code = FULL.format(
+        tests=str(Path(__file__).parent.parent), path=str(tmp_path / "s"), kind=kind, image=str(image)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "alive\n", done.stderr
+
+
+def test_eventfds_stay_as_the_front_end_made_them(path: Path, no_leaks: None) -> None:
+    """It may wait for a call in a blocking read."""
+    with h.served(vhost.devices.Rng, path), guest_on(path) as (raw, guest):
+        os.set_blocking(raw.call, True)
+        raw.start()
+        assert os.get_blocking(raw.call)
+        guest.offer()
+        guest.kick()
+        while guest.used < 1:
+            os.eventfd_read(raw.call)
+
+
 # -- ends --------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,13 @@ from vhost.virtqueue import DeviceQueue
 
 
 def check_event_fd(fd: int) -> None:
-    """Only an eventfd or a pipe signals events; anything else could block us, or worse. It is made
-    non-blocking, so that one that the peer filled cannot stop us."""
+    """Only an eventfd or a pipe signals events; anything else could block us, or worse. A pipe is made
+    non-blocking; an eventfd is left as it is, for the front-end waits on the same open file, and may
+    want to block there."""
     link = os.readlink(f"/proc/self/fd/{fd}")
-    if link != "anon_inode:[eventfd]" and not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    if link == "anon_inode:[eventfd]":
+        return
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         raise IncorrectFds(f"{link} is neither an eventfd nor a pipe")
     os.set_blocking(fd, False)
 
