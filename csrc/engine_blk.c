@@ -71,6 +71,11 @@ static bool run(struct virtqueue *vq, const struct blk_disk *disk, bool writethr
 	return true;
 }
 
+static bool changes(struct blk_worker *w)
+{
+	return __atomic_load_n(&w->changed, __ATOMIC_RELAXED);
+}
+
 /* One batch. True if there was work. */
 static bool serve(struct blk_worker *w, struct blk_queue *q)
 {
@@ -99,6 +104,11 @@ static bool serve(struct blk_worker *w, struct blk_queue *q)
 			publish(q);
 			since = now_ns();
 		}
+		/* Who takes a queue back waits for the request at hand, not for as much as a guest can
+		 * put into a batch: a session's thread has others to serve. The newest goes first. */
+		if (unlikely(slow && changes(w)))
+			while (n > i + 1)
+				virtqueue_unpop(q->vq, batch[--n]);
 	}
 	publish(q);
 	if (unlikely(n < 0 || !ok)) {
@@ -138,7 +148,7 @@ static bool any_work(struct blk_worker *w)
 	for (q = w->queues; q; q = q->next)
 		if (!q->failed && virtqueue_has_work(q->vq))
 			return true;
-	return __atomic_load_n(&w->changed, __ATOMIC_RELAXED);
+	return changes(w);
 }
 
 /*
@@ -270,7 +280,7 @@ static void *worker_main(void *arg)
 	w->spin_ns = w->futile = w->rest = 0;
 	w->repairs = LOAD_ACQUIRE(*w->engine->repairs);
 	for (;;) {
-		if (__atomic_load_n(&w->changed, __ATOMIC_RELAXED) && !change(w))
+		if (changes(w) && !change(w))
 			return NULL;
 		busy = false;
 		for (q = w->queues; q; q = q->next)

@@ -453,3 +453,32 @@ def test_malformed_under_a_server(
         first.get_vring_base(1)
     assert os.eventfd_read(err) == 1
     os.close(err)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_queue_is_taken_back_in_the_middle_of_a_batch(tmp_path: Path, packed: bool, no_leaks: None) -> None:
+    """Each request reads some 20 MiB, as a guest can ask for with little memory. Whoever takes the queue
+    back waits for one of them, and a successor finds the others."""
+    big = tmp_path / "big.raw"
+    with big.open("wb") as file:
+        file.truncate(64 << 20)
+    count = 30
+    with ring(Blk(big), packed=packed, num=4096, regions=8) as one:
+        header_at, status, data = one.free, one.free + 64, one.free + 512
+        one.memory.write(header_at, header(BlkType.IN))
+        room = (BASE + 8 * REGION - data) // 512 * 512
+        writable = [(data, room)] * (20 * (1 << 20) // room) + [(status, 1)]
+        for number in range(count):
+            one.driver.add([(header_at, 16)], writable, number)
+        one.driver.kick()
+        assert one.driver.wait(20)
+        one.device.stop_queue(one.queue)
+        early = [token for token, _ in one.driver.get_used_batch(count)]
+        assert 0 < len(early) < count
+        assert one.queue.in_flight == 0
+        one.device.start_queue(one.queue)
+        late: list[int] = []
+        while len(early) + len(late) < count:
+            assert one.driver.wait(20), one.queue.broken
+            late += [token for token, _ in one.driver.get_used_batch(count)]
+        assert early + late == list(range(count))

@@ -468,7 +468,8 @@ def test_eventfds_that_would_block(tmp_path: Path, kind: str) -> None:
     code = FULL.format(
         tests=str(Path(__file__).parent.parent), path=str(tmp_path / "s"), kind=kind, image=str(image)
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "alive\n", done.stderr
 
 
