@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -163,10 +165,30 @@ def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
     assert "Traceback" not in missing
     run("serve", "blk", "--socket-path", path, "--blk-file", tmp_path, code=1)
     run("serve", "blk", "--socket-path", path, "--blk-file", "/dev/zero", code=1)
+    for wrong in ("--num-queues", "--queue-size", "--threads"):
+        said = run("serve", "blk", "--socket-path", path, "--blk-file", image, wrong, 0, code=1).stderr
+        assert wrong[2:].replace("-", "_") in said
+        assert "Traceback" not in said
     assert not path.exists()
     long = tmp_path / ("x" * 120)
     assert "Traceback" not in run("serve", "rng", "--socket-path", long, code=1).stderr
     assert "Traceback" not in run("probe", path, code=1).stderr
+
+
+def test_out_of_descriptors(tmp_path: Path) -> None:
+    """Who came when there were none left is served once there are, though nobody else stirs by then."""
+    path = tmp_path / "s"
+    with serving("rng", "--socket-path", path) as server:
+        _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (40, hard))
+        with contextlib.ExitStack() as stack:
+            crowd = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(30)]
+            for one in crowd:
+                one.connect(str(path))
+            assert server.stderr is not None
+            assert "no new session" in server.stderr.readline()
+        with vhost.Frontend.connect(path, timeout=20) as frontend:
+            assert frontend.get_features()
 
 
 def test_socket_that_is_in_use(tmp_path: Path) -> None:

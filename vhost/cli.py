@@ -110,7 +110,10 @@ def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
             share=args.share,
         )
 
-    make().close()  # a file that cannot be served is an error now, not at the first connection
+    try:
+        make().close()  # what cannot be served is an error now, not at the first connection
+    except ValueError as error:
+        raise SystemExit(f"vhost serve blk: {error}") from None
     return make
 
 

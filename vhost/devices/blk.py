@@ -58,6 +58,8 @@ class Blk(Device):
             raise ValueError("one of path and null_size is needed")
         if not 1 <= num_queues <= 256:
             raise ValueError(f"num_queues {num_queues}, must be 1 to 256")
+        if not 1 <= queue_size <= 1 << 15:
+            raise ValueError(f"queue_size {queue_size}, must be 1 to {1 << 15}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}, must be at least 1")
         if handler not in ("c", "python"):
