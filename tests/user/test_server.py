@@ -61,6 +61,54 @@ def test_factory_that_fails_costs_one_session(tmp_path: Path, no_leaks: None) ->
             assert rng.read(8)
 
 
+def test_a_device_whose_hooks_fail_costs_its_session_only(
+    tmp_path: Path, no_leaks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(vhost.devices.Rng):
+        def stop_queue(self, queue: vhost.DeviceQueue) -> None:
+            raise RuntimeError("stop_queue")
+
+        def close(self) -> None:
+            raise RuntimeError("close")
+
+    made = iter(range(10))
+
+    def factory() -> vhost.Device:
+        if next(made) == 1:
+            raise RuntimeError("factory")
+        return Faulty()
+
+    path = tmp_path / "s"
+    with h.served(factory, path), contextlib.closing(RawFrontend(path)) as good:
+        good.negotiate()
+        with contextlib.closing(RawFrontend(path)) as raw:
+            assert raw.ended()
+        with contextlib.closing(RawFrontend(path)) as raw:
+            raw.start()
+            raw.send(h.GET_VRING_BASE, h.state(0, 0))
+            assert raw.ended()
+        with contextlib.closing(RawFrontend(path)) as raw:
+            raw.start()
+        assert good.ask(h.GET_FEATURES)
+    caplog.clear()  # the records have the frames
+
+
+def test_client_of_a_front_end_that_does_not_accept(tmp_path: Path, no_leaks: None) -> None:
+    """A connection to a full backlog would wait."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(path))
+        listener.listen(0)
+        first.connect(str(path))
+        with vhost.Server(vhost.devices.Rng(), path, client=True, reconnect=0.0) as server:
+            assert not server.backends
+            server.step()
+            assert not server.backends
+            listener.accept()[0].close()
+            server.step()
+            assert server.backends
+
+
 def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
     path = tmp_path / "s"
     with h.served(vhost.devices.Rng(), path, max_connections=2):

@@ -9,11 +9,13 @@ never blocks. What a request means is in handlers.py, what a ring is in rings.py
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -287,10 +289,19 @@ class Backend(Handlers):
             return
         self.closed = True
         self.device.detach(self)
-        self.stop_all_rings()
         for ring in self.rings:
+            if ring.started:
+                self._call_device(functools.partial(self.pause_ring, ring))
             ring.close()
+        self._call_device(self._release_if_idle)
         self.memory = self.no_memory
         self._drop_channel()
         self.transport.close()
         self._close_events()
+
+    def _call_device(self, call: Callable[[], None]) -> None:
+        """A hook that fails must neither keep anything of this session nor end the others."""
+        try:
+            call()
+        except Exception:
+            log.exception("%s: end of a session", type(self.device).__name__)

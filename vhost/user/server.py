@@ -126,9 +126,10 @@ class Server:
     def _connect(self) -> None:
         self._next_try = time.monotonic() + self.reconnect
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)  # a front-end with a full backlog would keep us waiting
         try:
             sock.connect(self.path)
-        except (ConnectionError, FileNotFoundError) as error:
+        except (ConnectionError, FileNotFoundError, BlockingIOError) as error:
             sock.close()
             log.info("%s: %s", self.path, error.strerror)
             return
@@ -136,6 +137,15 @@ class Server:
             sock.close()
             raise
         self._begin(sock)
+
+    def _connect_again(self) -> None:
+        """What stands in the way now may be gone the next time."""
+        try:
+            self._connect()
+        except (VhostError, OSError) as error:
+            log.warning("%s: no session for now: %s", self.path, str(error))
+        except Exception:
+            log.exception("%s: no session for now", self.path)
 
     def _accept_more(self) -> None:
         """Watch the listening socket exactly while there is room for another session."""
@@ -173,7 +183,7 @@ class Server:
             return
         if self.timeout == 0.0:
             if self.client:
-                self._connect()
+                self._connect_again()
             else:
                 self._starved = False
                 self._accept_more()
@@ -204,6 +214,9 @@ class Server:
             log.warning("no device for a new session: %s", str(error))
         except OSError as error:
             self._starve(error)
+        except Exception:
+            # Whoever wrote the factory wants to know; those who are served need not.
+            log.exception("no device for a new session")
         self._accept_more()
 
     def _starve(self, error: OSError) -> None:
@@ -215,12 +228,19 @@ class Server:
 
     def _end(self, fd: int) -> None:
         # The backend has closed its epoll descriptor, which took it out of ours.
-        backend = self.backends.pop(fd)
-        if not isinstance(self._device, Device):
-            backend.device.close()
+        self._close_device(self.backends.pop(fd))
         self._accept_more()
         if self._listener is None and not self.client and not self.backends:
             self.close()
+
+    def _close_device(self, backend: Backend) -> None:
+        """If it was made for that session."""
+        if isinstance(self._device, Device):
+            return
+        try:
+            backend.device.close()
+        except Exception:
+            log.exception("%s: close", type(backend.device).__name__)
 
     def serve_forever(self) -> None:
         """Until ``close()``, or the end of the one session of a connected ``fd``."""
@@ -234,8 +254,7 @@ class Server:
         self.closed = True
         for backend in self.backends.values():
             backend.close()
-            if not isinstance(self._device, Device):
-                backend.device.close()
+            self._close_device(backend)
         self.backends.clear()
         if self._inode is not None:
             with contextlib.suppress(FileNotFoundError):
