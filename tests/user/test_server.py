@@ -109,6 +109,32 @@ def test_client_of_a_front_end_that_does_not_accept(tmp_path: Path, no_leaks: No
             assert server.backends
 
 
+def test_only_who_runs_the_rings_changes_the_device(tmp_path: Path, no_leaks: None) -> None:
+    class Counting(vhost.devices.Rng):
+        resets = 0
+
+        def reset(self) -> None:
+            self.resets += 1
+
+        def set_status(self, status: int) -> None:
+            self.resets += 1
+
+    path, device = tmp_path / "s", Counting()
+    with (
+        h.served(device, path),
+        contextlib.closing(RawFrontend(path)) as runs,
+        contextlib.closing(RawFrontend(path)) as other,
+    ):
+        other.negotiate()
+        runs.start()
+        for number, payload in ((h.SET_STATUS, h.u64(0)), (h.SET_STATUS, h.u64(1)), (h.RESET_DEVICE, b"")):
+            assert other.status(number, payload) != 0
+        assert device.resets == 0
+        assert runs.status(h.SET_STATUS, h.u64(0)) == 0
+        assert other.status(h.RESET_DEVICE) == 0
+        assert device.resets == 2
+
+
 def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
     path = tmp_path / "s"
     with h.served(vhost.devices.Rng(), path, max_connections=2):

@@ -18,7 +18,14 @@ from typing import Any
 
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
-from vhost.errors import IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidQueue, InvalidState
+from vhost.errors import (
+    DeviceBusy,
+    IncorrectFds,
+    InvalidGuestMemory,
+    InvalidMessage,
+    InvalidQueue,
+    InvalidState,
+)
 from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
 from vhost.memory import MAX_REGIONS, GuestMemory, Region
 from vhost.user.messages import FRONTEND, BackendMsg, FrontendMsg
@@ -165,6 +172,11 @@ class Handlers(ABC):
 
     # -- the device --------------------------------------------------------------------------------
 
+    def _must_be_ours(self, message: Message) -> None:
+        """Another session's driver has the device: what changes the device is for that one to say."""
+        if self.device.is_busy(self) and not self.device.share:
+            raise DeviceBusy(f"{message.name}: another session runs this device's rings")
+
     def get_config(self, message: Message) -> Config:
         asked = message.payload
         config = self.device.config
@@ -182,6 +194,7 @@ class Handlers(ABC):
             )
         if new.flags & CONFIG_LIVE_MIGRATION:
             return  # what the source had; ours says what this device is
+        self._must_be_ours(message)
         self.device.write_config(new.offset, new.payload)
 
     def get_status(self, message: Message) -> U64:
@@ -191,6 +204,7 @@ class Handlers(ABC):
         status = message.payload.value
         if status > 0xFF:
             raise InvalidMessage(f"status {status:#x}, limit 0xff", request=message.name)
+        self._must_be_ours(message)
         self.status = status
         if status:
             self.device.set_status(status)
@@ -199,6 +213,7 @@ class Handlers(ABC):
             self.device.reset()
 
     def reset_device(self, message: Message) -> None:
+        self._must_be_ours(message)
         self.stop_all_rings()
         for ring in self.rings:
             ring.reset()
@@ -206,9 +221,11 @@ class Handlers(ABC):
         self.device.reset()
 
     def net_set_mtu(self, message: Message) -> None:
+        self._must_be_ours(message)
         self.device.set_mtu(message.payload.value)
 
     def send_rarp(self, message: Message) -> None:
+        self._must_be_ours(message)
         self.device.send_rarp(message.payload.value.to_bytes(8, "little")[:6])
 
     # -- memory ------------------------------------------------------------------------------------
