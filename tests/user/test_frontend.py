@@ -189,6 +189,21 @@ def test_back_end_that_asks_before_it_answers(no_leaks: None) -> None:
         assert heard == [bytes(4)]
 
 
+def test_back_end_that_asks_without_end(no_leaks: None) -> None:
+    """And never answers: our own timeout still counts."""
+
+    def script(raw: RawBackend) -> None:
+        protocol = ProtocolF.REPLY_ACK | ProtocolF.BACKEND_REQ | ProtocolF.CONFIG
+        raw.handshake(h.VERSION_1 | h.PROTOCOL_FEATURES, int(protocol))
+        with socket.socket(fileno=raw.fds.pop()) as channel, contextlib.suppress(OSError):
+            while True:
+                channel.sendall(h.HEADER.pack(2, h.VERSION, 0) * 64)
+
+    with backend(script) as sock, vhost.Frontend(sock, timeout=0.5) as frontend:
+        with pytest.raises(ReplyTimeout):
+            frontend.set_vring_num(0, 8)
+
+
 def test_retry_covers_the_whole_handshake(tmp_path: Path, no_leaks: None) -> None:
     path = str(tmp_path / "s")
     with pytest.raises(FileNotFoundError):

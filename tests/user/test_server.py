@@ -135,6 +135,19 @@ def test_only_who_runs_the_rings_changes_the_device(tmp_path: Path, no_leaks: No
         assert device.resets == 2
 
 
+def test_channel_that_is_closed_while_the_configuration_changes(tmp_path: Path, no_leaks: None) -> None:
+    path, device = tmp_path / "s", vhost.devices.Blk(null_size=1 << 20)
+    with h.served(device, path), contextlib.closing(RawFrontend(path)) as raw:
+        raw.negotiate()
+        for size in range(2, 50):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                assert raw.status(h.SET_BACKEND_REQ_FD, descriptors=[theirs.fileno()]) == 0
+            device.resize(size << 20)
+        assert raw.ask(h.GET_FEATURES)
+    device.close()
+
+
 def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
     path = tmp_path / "s"
     with h.served(vhost.devices.Rng(), path, max_connections=2):

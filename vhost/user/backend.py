@@ -193,7 +193,11 @@ class Backend(Handlers):
     def _woken(self) -> None:
         if self._config_changed:
             self._config_changed = False
-            self._tell_config_change()
+            try:
+                self._tell_config_change()
+            except ProtocolError as error:
+                log.info("back-end channel ends: %s", str(error))
+                self._drop_channel()
         for ring in self.rings:
             if ring.queue is not None and ring.queue.broken:
                 log.warning("ring broken: %s", ring.queue.broken)

@@ -57,6 +57,8 @@ WANTED = (
     | ProtocolF.RARP
 )
 RETRY_PAUSE = 0.05
+MESSAGES_PER_LOOK = 16
+"""So that a back-end that asks without end does not keep us from our own timeouts."""
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
@@ -100,13 +102,13 @@ class Frontend(VhostOps):
         timeout: float | None = 10.0,
         protocol_features: int = int(WANTED),
     ) -> Frontend:
-        """Connect to a listening back-end. With ``retry``, a socket that is not there yet, refuses, or
-        dies during the handshake is tried again, all of it, for that many seconds."""
+        """Connect to a listening back-end. With ``retry``, a socket that is not there yet, refuses, has a
+        full backlog, or dies during the handshake is tried again, all of it, for that many seconds."""
         deadline = None if retry is None else time.monotonic() + retry
         while True:
             try:
                 return cls._connect_once(path, timeout, protocol_features)
-            except (ConnectionError, FileNotFoundError, Disconnected, PartialMessage):
+            except (ConnectionError, FileNotFoundError, BlockingIOError, Disconnected, PartialMessage):
                 if deadline is None or time.monotonic() >= deadline:
                     raise
                 time.sleep(RETRY_PAUSE)
@@ -333,21 +335,29 @@ class Frontend(VhostOps):
         """Answer what the back-end asks; what came of it is told by ``_deliver``, for this may run in
         the middle of a request of ours."""
         assert self.channel is not None
-        while self._channel_open:
+        for _ in range(MESSAGES_PER_LOOK):
+            if not self._channel_open:
+                return
             try:
                 message = self.channel.receive()
                 if message is None:
-                    return
+                    break
                 with contextlib.closing(message):
                     self._config_changed = True  # the one request that is served
                     self.channel.send(self.channel.session.ack(message, 0))
             except ProtocolError as error:
-                if error.message is None:
-                    # The session itself can go on without it.
-                    self._channel_open = False
-                    self.transport.serve_meanwhile(self.channel.fileno(), None)
-                else:
-                    self.channel.send(self.channel.session.ack(error.message, 1))
+                self._refuse_on_channel(error)
+
+    def _refuse_on_channel(self, error: ProtocolError) -> None:
+        assert self.channel is not None
+        try:
+            if error.message is None:
+                raise error
+            self.channel.send(self.channel.session.ack(error.message, 1))
+        except ProtocolError:
+            # The session itself can go on without it.
+            self._channel_open = False
+            self.transport.serve_meanwhile(self.channel.fileno(), None)
 
     def _deliver(self) -> None:
         if self._config_changed:

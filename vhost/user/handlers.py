@@ -164,7 +164,9 @@ class Handlers(ABC):
             raise IncorrectFds(str(error), request=message.name) from error
 
     def _tell_config_change(self) -> None:
-        if self.channel is not None and self.session.protocol_features & _CONFIG:
+        if self.channel is None or not self.session.protocol_features & _CONFIG:
+            return
+        if self.channel.flush():
             # Without need_reply: the front-end may be waiting for us on the other channel.
             self.channel.send(
                 self.channel.session.request(BackendMsg.BACKEND_CONFIG_CHANGE_MSG, need_reply=False)
