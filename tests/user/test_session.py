@@ -229,7 +229,7 @@ def test_truncated_ancillary_data_ends_the_session(no_leaks: None) -> None:
 def test_descriptors_with_each_byte_do_not_pile_up(no_leaks: None) -> None:
     data = frame(F.SET_MEM_TABLE, SAMPLES[p.MemTable].pack())
     session = backend()
-    with pytest.raises(IncorrectFds, match="limit 253") as caught:
+    with pytest.raises(IncorrectFds, match="limit 32") as caught:
         for at in range(len(data)):
             with descriptors(10) as fds:
                 session.receive(data[at : at + 1], fds)

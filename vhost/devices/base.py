@@ -50,7 +50,7 @@ class Device:
 
         def requestq(self, queue):
             for chain in queue:
-                queue.push(chain, chain.write(os.urandom(chain.writable_len)))
+                queue.push(chain, chain.write(os.urandom(min(chain.writable_len, 4096))))
     """
 
     #: The virtio device id (VIRTIO 5).

@@ -84,8 +84,7 @@ class Blk(Driver):
     seconds (None: for ever) is what the synchronous calls wait for one."""
 
     features = int(
-        BlkF.SIZE_MAX
-        | BlkF.SEG_MAX
+        BlkF.SEG_MAX
         | BlkF.RO
         | BlkF.BLK_SIZE
         | BlkF.FLUSH

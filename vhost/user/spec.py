@@ -18,7 +18,7 @@ from typing import Any
 
 from vhost.errors import InvalidMessage
 from vhost.features import ProtocolF, VhostF, VirtioF, feature_names
-from vhost.user.payloads import EMPTY, XEN_VARIANT, Empty, MemTable, Payload, show
+from vhost.user.payloads import EMPTY, TABLE_REGIONS_ACCEPTED, XEN_VARIANT, Empty, MemTable, Payload, show
 
 HEADER = struct.Struct("=III")
 HEADER_SIZE = 12
@@ -27,8 +27,9 @@ VERSION_MASK = 3
 REPLY_FLAG = 1 << 2
 NEED_REPLY_FLAG = 1 << 3
 _LOG_SHMFD = int(ProtocolF.LOG_SHMFD)
-MAX_FDS = 253
-"""SCM_MAX_FD: what Linux lets through in one message."""
+MAX_FDS = TABLE_REGIONS_ACCEPTED
+"""As many as any message has. Linux lets 253 through at a time, and then a few sessions with a message
+that is never finished would hold all that the process may have, which others need."""
 
 
 class Role(Enum):
