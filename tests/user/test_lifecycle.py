@@ -224,6 +224,24 @@ def test_reset_device(path: Path, no_leaks: None) -> None:
         guest.wait_used(1)
 
 
+def test_reset_by_status_begins_anew(path: Path, no_leaks: None) -> None:
+    """A front-end that gives no base means the ring's beginning."""
+    with h.served(vhost.devices.Rng, path), guest_on(path) as (raw, guest):
+        raw.start()
+        for count in (1, 2, 3):
+            guest.offer()
+            guest.kick()
+            guest.wait_used(count)
+        assert raw.status(h.SET_STATUS, h.u64(0)) == 0
+        guest.map[:] = bytes(len(guest.map))
+        guest.idx = 0
+        assert raw.status(h.SET_VRING_ADDR, h.address(0)) == 0
+        assert raw.status(h.SET_VRING_KICK, h.u64(0), [raw.kick]) == 0
+        guest.offer()
+        guest.kick()
+        guest.wait_used(1)
+
+
 class Nic(vhost.Device):
     """As much of a network device as the control plane sees."""
 

@@ -212,6 +212,8 @@ class Handlers(ABC):
             self.device.set_status(status)
         else:
             self.stop_all_rings()
+            for ring in self.rings:
+                ring.base = None  # the driver makes new rings, where nothing was ever used
             self.device.reset()
 
     def reset_device(self, message: Message) -> None:
