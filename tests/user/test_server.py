@@ -148,6 +148,17 @@ def test_channel_that_is_closed_while_the_configuration_changes(tmp_path: Path, 
     device.close()
 
 
+def test_shared_device_relies_on_what_all_its_drivers_know(tmp_path: Path, no_leaks: None) -> None:
+    path, device = tmp_path / "s", vhost.devices.Blk(null_size=1 << 20, share=True)
+    with h.served(device, path), vhost.Frontend.connect(path) as one, vhost.Frontend.connect(path) as two:
+        flush = int(vhost.features.BlkF.FLUSH)
+        with vhost.drivers.Blk(one, without=flush), vhost.drivers.Blk(two):
+            assert device.writethrough
+        with vhost.drivers.Blk(two):
+            assert not device.writethrough
+    device.close()
+
+
 def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
     path = tmp_path / "s"
     with h.served(vhost.devices.Rng(), path, max_connections=2):

@@ -359,7 +359,12 @@ class Handlers(ABC):
         if not self._claimed:
             self.device.claim(self)
             self._claimed = True
-            self.device.negotiated = self.session.features & ~_PROTOCOL_FEATURES
+            negotiated = self.session.features & ~_PROTOCOL_FEATURES
+            if self.device.is_busy(self):
+                # A shared device can rely on what all of its drivers know: one without FLUSH needs
+                # writes to be stable, whatever the others do.
+                negotiated &= self.device.negotiated
+            self.device.negotiated = negotiated
         try:
             ring.start(self.memory, self.session.features)
             self.run_ring(ring)
