@@ -207,6 +207,17 @@ def test_base_with_chains_out(path: Path, no_leaks: None) -> None:
         device.chains.clear()
 
 
+def test_base_of_a_ring_that_never_ran(path: Path, no_leaks: None) -> None:
+    with h.served(vhost.devices.Rng, path), contextlib.closing(RawFrontend(path)) as raw:
+        raw.negotiate()
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 0)
+        packed = h.VERSION_1 | h.PROTOCOL_FEATURES | vhost.features.VirtioF.RING_PACKED
+        assert raw.status(h.SET_FEATURES, h.u64(packed)) == 0
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 0x8000_8000)
+        assert raw.status(h.SET_VRING_BASE, h.state(0, 0x3_0003)) == 0
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 0x3_0003)
+
+
 def test_reset_device(path: Path, no_leaks: None) -> None:
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         raw.start()

@@ -26,7 +26,7 @@ from vhost.errors import (
     InvalidQueue,
     InvalidState,
 )
-from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
+from vhost.features import DeviceId, ProtocolF, VhostF, VirtioF, feature_names
 from vhost.memory import MAX_REGIONS, GuestMemory, Region
 from vhost.user.messages import FRONTEND, BackendMsg, FrontendMsg
 from vhost.user.payloads import U64, Config, MemoryRegion, MemTable, SingleRegion, VringFd, VringState
@@ -36,10 +36,13 @@ from vhost.user.transport import Transport
 
 NET_ONLY = {FrontendMsg.NET_SET_MTU: ProtocolF.MTU, FrontendMsg.SEND_RARP: ProtocolF.RARP}
 CONFIG_LIVE_MIGRATION = 1
+PACKED_START = 0x8000_8000
+"""Both positions of a new packed ring, each with its wrap counter."""
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _CONFIG = int(ProtocolF.CONFIG)
+_RING_PACKED = int(VirtioF.RING_PACKED)
 _NET = int(ProtocolF.MTU | ProtocolF.RARP)
 _ALWAYS = int(
     ProtocolF.MQ
@@ -315,6 +318,8 @@ class Handlers(ABC):
         if ring.started:
             self.pause_ring(ring)
         base = ring.stop()
+        if ring.base is None and self.session.features & _RING_PACKED:
+            base = PACKED_START  # it never ran, and 0 would be another place (2.8.1)
         self._release_if_idle()
         return VringState(ring.index, base)
 
