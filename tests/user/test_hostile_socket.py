@@ -151,11 +151,15 @@ def test_missing_descriptors(bench: Bench) -> None:
     assert raw.status(h.ADD_MEM_REG, h.slot(h.GUEST, h.SIZE, h.USER, 0)) != 0
 
 
-@pytest.mark.parametrize("kind", ["directory", "/dev/zero", "socket", "file"])
+@pytest.mark.parametrize("kind", ["directory", "/dev/zero", "socket", "file", "pipe"])
 def test_descriptors_of_a_wrong_kind(bench: Bench, kind: str, tmp_path: Path) -> None:
     raw = bench.connect(negotiated=True)
     path = {"directory": tmp_path, "/dev/zero": Path("/dev/zero"), "file": Path(__file__)}.get(kind)
     fd = os.open(path, os.O_RDONLY) if path else os.dup(raw.sock.fileno())
+    if kind == "pipe":
+        os.close(fd)
+        fd, other = os.pipe()
+        os.close(other)
     try:
         for number in (h.SET_VRING_KICK, h.SET_VRING_CALL, h.SET_VRING_ERR):
             assert raw.status(number, h.u64(0), [fd]) != 0

@@ -28,6 +28,8 @@ from vhost.user.transport import Transport
 
 log = logging.getLogger("vhost.backend")
 
+LOUD_REFUSALS = 10
+"""How many refused messages of a session are warned of."""
 MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
@@ -44,6 +46,7 @@ class Backend(Handlers):
         # Whoever wakes us must not write to a descriptor that is somebody else's by now.
         self._events_lock = threading.Lock()
         self._watches_busy = False
+        self._refusals = 0
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
         self._writes = False
@@ -179,7 +182,10 @@ class Backend(Handlers):
         refusal = self.session.ack(message, 1)
         if refusal is None:
             raise error
-        log.warning("refused: %s", str(error))
+        # A peer must not fill anybody's log.
+        self._refusals += 1
+        level = logging.WARNING if self._refusals <= LOUD_REFUSALS else logging.INFO
+        log.log(level, "refused: %s", str(error))
         self.transport.send(refusal)
 
     def _watch_output(self) -> None:
@@ -206,11 +212,7 @@ class Backend(Handlers):
     # -- rings -------------------------------------------------------------------------------------
 
     def _kicked(self, ring: Ring) -> None:
-        # Edge-triggered: an eventfd needs no reading, and so nobody can make us wait for one. A pipe
-        # would fill up.
-        with contextlib.suppress(BlockingIOError):
-            if ring.kick_is_pipe:
-                os.read(ring.kick, 65536)
+        # Edge-triggered: an eventfd needs no reading, and so nobody can make us wait for one.
         if ring.enabled:
             self._serve(ring)
         elif ring.queue is not None:

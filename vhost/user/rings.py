@@ -10,7 +10,6 @@ event loop; owns the ring's descriptors.
 from __future__ import annotations
 
 import os
-import stat
 
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
@@ -20,15 +19,11 @@ from vhost.virtqueue import DeviceQueue
 
 
 def check_event_fd(fd: int) -> None:
-    """Only an eventfd or a pipe signals events; anything else could block us, or worse. A pipe is made
-    non-blocking; an eventfd is left as it is, for the front-end waits on the same open file, and may
-    want to block there."""
+    """Anything but an eventfd could block us, or worse. (The specification's pipes are for systems that
+    have no eventfds.) It is left in the mode that it has: the front-end waits on the same open file."""
     link = os.readlink(f"/proc/self/fd/{fd}")
-    if link == "anon_inode:[eventfd]":
-        return
-    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        raise IncorrectFds(f"{link} is neither an eventfd nor a pipe")
-    os.set_blocking(fd, False)
+    if link != "anon_inode:[eventfd]":
+        raise IncorrectFds(f"{link} is no eventfd")
 
 
 class Ring:
@@ -45,7 +40,6 @@ class Ring:
         self.kick_known = False
         """SET_VRING_KICK came; kick -1 then means that the device is to poll."""
         self.kick = -1
-        self.kick_is_pipe = False
         self.call = -1
         self.err = -1
         self.queue: DeviceQueue | None = None
@@ -118,8 +112,6 @@ class Ring:
         setattr(self, kind, fd)
         if self.queue is not None:
             setattr(self.queue, kind, fd)
-        if kind == "kick":
-            self.kick_is_pipe = fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode)
         if old >= 0:
             os.close(old)
 
