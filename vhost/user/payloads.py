@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import uuid as _uuid
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -34,19 +35,21 @@ NOFD = 1 << 8
 """Bit 8 of the u64 of SET_VRING_KICK/CALL/ERR and others: no descriptor comes with it."""
 
 
-class Payload:
+class Payload(ABC):
     """Base of all payloads; subclasses are frozen dataclasses."""
 
     __slots__ = ()
     MIN_SIZE: ClassVar[int]
     MAX_SIZE: ClassVar[int]
 
+    @abstractmethod
     def pack(self) -> bytes:
-        raise NotImplementedError
+        """The bytes on the wire."""
 
     @classmethod
+    @abstractmethod
     def unpack(cls, data: bytes) -> Self:
-        raise NotImplementedError
+        """From the bytes on the wire; InvalidMessage if they are none of this kind."""
 
     def __str__(self) -> str:
         # Every payload is a dataclass, which the type of this base cannot express.
