@@ -152,6 +152,20 @@ def test_back_end_dies(when: str, no_leaks: None) -> None:
         vhost.Frontend(sock)
 
 
+def test_more_regions_than_the_back_end_has_slots(no_leaks: None) -> None:
+    def script(raw: RawBackend) -> None:
+        raw.handshake(h.PROTOCOL_FEATURES, int(ProtocolF.CONFIGURE_MEM_SLOTS))
+        assert raw.receive()[0] == h.GET_MAX_MEM_SLOTS
+        raw.reply(h.GET_MAX_MEM_SLOTS, h.u64(8))
+        with pytest.raises(EOFError):
+            raw.receive()
+
+    regions = [vhost.Region.allocate(4096, guest_addr=i << 16) for i in range(9)]
+    with backend(script) as sock, vhost.Frontend(sock) as frontend:
+        with pytest.raises(vhost.InvalidGuestMemory, match="9 regions, the back-end has 8 slots"):
+            frontend.set_mem_table(vhost.GuestMemory(regions))
+
+
 def test_answers_to_something_else(no_leaks: None) -> None:
     def script(raw: RawBackend) -> None:
         raw.receive()

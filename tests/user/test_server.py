@@ -93,6 +93,25 @@ def test_a_device_whose_hooks_fail_costs_its_session_only(
     caplog.clear()  # the records have the frames
 
 
+def test_device_of_a_session_that_could_not_begin_is_closed(
+    tmp_path: Path, no_leaks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[vhost.Device] = []
+
+    class Odd(vhost.devices.Rng):
+        @property
+        def num_queues(self) -> int:
+            raise RuntimeError("nobody knows")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    with h.served(Odd, tmp_path / "s"), contextlib.closing(RawFrontend(tmp_path / "s")) as raw:
+        assert raw.ended()
+    assert len(closed) == 1
+    caplog.clear()  # the records have the frames
+
+
 def test_client_of_a_front_end_that_does_not_accept(tmp_path: Path, no_leaks: None) -> None:
     """A connection to a full backlog would wait."""
     path = tmp_path / "s"

@@ -12,7 +12,7 @@ import asyncio
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -98,21 +98,56 @@ class AsyncFrontend:
 
     Drivers work the same way, for all that they do is call the front-end:
     ``disk = await frontend.run(vhost.drivers.Blk, frontend.sync)``.
+
+    What the back-end says by itself is heard without a call; ``sync.on_config_change`` runs in the
+    front-end's thread, where it may make requests.
     """
 
     def __init__(self, sync: Frontend, executor: ThreadPoolExecutor) -> None:
         self.sync = sync
         self._executor = executor
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        # Without a channel there is nothing to hear but the replies, which belong to the calls.
+        self._fd = -1 if sync.channel is None else sync.fileno()
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self._heard)
+
+    def _heard(self) -> None:
+        # Readable until the thread has come round to it: do not look again before.
+        self._loop.remove_reader(self._fd)
+        step = self._loop.run_in_executor(self._executor, self.sync.step)
+        step.add_done_callback(self._stepped)
+
+    def _stepped(self, step: asyncio.Future[bool]) -> None:
+        error = None if step.cancelled() else step.exception()
+        if error is not None:
+            self._loop.call_exception_handler(
+                {"message": "vhost front-end: on_config_change", "exception": error, "future": step}
+            )
+        # An end of the channel is no news for this object: the next call meets it.
+        if not self._closed and not step.cancelled() and (error is not None or step.result()):
+            self._listen()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it in the front-end's thread, after what was started there before."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, functools.partial(function, *args, **kwargs))
+        call = functools.partial(function, *args, **kwargs)
+        return await self._loop.run_in_executor(self._executor, call)
 
     async def close(self) -> None:
         """End the session. Idempotent."""
-        await self.run(self.sync.close)
-        self._executor.shutdown(wait=False)
+        if self._closed:
+            return
+        self._closed = True
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+        try:
+            await self.run(self.sync.close)
+        finally:
+            self._executor.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,13 +161,19 @@ class AsyncFrontend:
 async def connect(path: str | os.PathLike[str], **options: Any) -> AsyncFrontend:
     """Connect to a back-end; options as for ``Frontend.connect``."""
     executor = ThreadPoolExecutor(1, "vhost-frontend")
-    connecting = functools.partial(Frontend.connect, path, **options)
+    connecting = executor.submit(Frontend.connect, path, **options)
     try:
-        sync = await asyncio.get_running_loop().run_in_executor(executor, connecting)
+        return AsyncFrontend(await asyncio.wrap_future(connecting), executor)
     except BaseException:
+        # Cancelled: the thread goes on until it is connected, or not.
+        connecting.add_done_callback(_let_go)
         executor.shutdown(wait=False)
         raise
-    return AsyncFrontend(sync, executor)
+
+
+def _let_go(connecting: Future[Frontend]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
 
 
 __all__ = ["AsyncFrontend", "AsyncServer", "connect", "serve", "start_server"]

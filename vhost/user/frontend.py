@@ -254,6 +254,8 @@ class Frontend(VhostOps):
 
     def set_mem_table(self, memory: GuestMemory) -> None:
         if self._has(ProtocolF.CONFIGURE_MEM_SLOTS):
+            if len(memory) > MEM_TABLE_REGIONS and len(memory) > (slots := self.get_max_mem_slots()):
+                raise InvalidGuestMemory(f"{len(memory)} regions, the back-end has {slots} slots")
             for region in [old for old in self._memory if old not in memory]:
                 self.remove_mem_region(region)
             for region in memory:

@@ -159,11 +159,14 @@ class Server:
         self._accepting = room
 
     def _begin(self, sock: socket.socket) -> None:
+        device: Device | None = None
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
             backend = Backend(device, sock)
         except BaseException:
             sock.close()
+            if device is not None:
+                self._close_device(device)
             raise
         self.backends[backend.fileno()] = backend
         self._epoll.register(backend.fileno(), select.EPOLLIN)
@@ -228,19 +231,19 @@ class Server:
 
     def _end(self, fd: int) -> None:
         # The backend has closed its epoll descriptor, which took it out of ours.
-        self._close_device(self.backends.pop(fd))
+        self._close_device(self.backends.pop(fd).device)
         self._accept_more()
         if self._listener is None and not self.client and not self.backends:
             self.close()
 
-    def _close_device(self, backend: Backend) -> None:
-        """If it was made for that session."""
+    def _close_device(self, device: Device) -> None:
+        """If it was made for one session."""
         if isinstance(self._device, Device):
             return
         try:
-            backend.device.close()
+            device.close()
         except Exception:
-            log.exception("%s: close", type(backend.device).__name__)
+            log.exception("%s: close", type(device).__name__)
 
     def serve_forever(self) -> None:
         """Until ``close()``, or the end of the one session of a connected ``fd``."""
@@ -254,7 +257,7 @@ class Server:
         self.closed = True
         for backend in self.backends.values():
             backend.close()
-            self._close_device(backend)
+            self._close_device(backend.device)
         self.backends.clear()
         if self._inode is not None:
             with contextlib.suppress(FileNotFoundError):
