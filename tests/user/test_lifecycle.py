@@ -218,6 +218,94 @@ def test_base_of_a_ring_that_never_ran(path: Path, no_leaks: None) -> None:
         assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 0x3_0003)
 
 
+def test_size_comes_last(path: Path, no_leaks: None) -> None:
+    with h.served(vhost.devices.Rng, path), guest_on(path) as (raw, guest):
+        raw.negotiate()
+        assert raw.share_memory() == 0
+        assert raw.status(h.SET_VRING_ENABLE, h.state(0, 1)) == 0
+        assert raw.status(h.SET_VRING_CALL, h.u64(0), [raw.call]) == 0
+        assert raw.status(h.SET_VRING_KICK, h.u64(0), [raw.kick]) == 0
+        assert raw.status(h.SET_VRING_ADDR, h.address(0)) == 0
+        guest.offer()
+        guest.kick()
+        assert raw.status(h.SET_VRING_NUM, h.state(0, h.NUM)) == 0
+        guest.wait_used(1)
+
+
+@pytest.mark.parametrize("new_ring", [True, False])
+def test_restart_without_a_base(path: Path, no_leaks: None, new_ring: bool) -> None:
+    """Front-ends that never send SET_VRING_BASE: a guest that rebooted begins at 0, one that was paused
+    goes on."""
+    with h.served(vhost.devices.Rng, path), guest_on(path) as (raw, guest):
+        raw.start()
+        for count in (1, 2, 3):
+            guest.offer()
+            guest.kick()
+            guest.wait_used(count)
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 3)
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 3), "it still stands there"
+        if new_ring:
+            guest.map[:] = bytes(len(guest.map))
+            guest.idx = 0
+            assert raw.status(h.SET_VRING_NUM, h.state(0, h.NUM)) == 0
+            assert raw.status(h.SET_VRING_ADDR, h.address(0)) == 0
+        guest.offer()
+        assert raw.status(h.SET_VRING_KICK, h.u64(0), [raw.kick]) == 0
+        guest.wait_used(1 if new_ring else 4)
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 1 if new_ring else 4)
+
+
+def test_owner_that_was_reset(path: Path, no_leaks: None) -> None:
+    with h.served(vhost.devices.Rng, path), guest_on(path) as (raw, guest):
+        raw.start()
+        assert raw.status(h.RESET_OWNER) == 0
+        guest.offer()
+        guest.kick()
+        assert raw.ask(h.GET_FEATURES)
+        assert guest.used == 0, "all rings are disabled"
+        assert raw.status(h.SET_OWNER) == 0
+        assert raw.status(h.SET_VRING_ENABLE, h.state(0, 1)) == 0
+        guest.wait_used(1)
+
+
+def test_a_handler_that_fails_leaves_no_ring_paused(path: Path, no_leaks: None) -> None:
+    """A table is exchanged while rings run, and the handlers fail when they go on."""
+
+    class Moody(vhost.Device):
+        device_id = vhost.DeviceId.RNG
+        queues = ("serve", "serve")
+        refuses = False
+
+        def __init__(self) -> None:
+            self.served = [os.eventfd(0), os.eventfd(0)]
+
+        def serve(self, queue: vhost.DeviceQueue) -> None:
+            if self.refuses:
+                raise vhost.VhostError("not now")
+            os.eventfd_write(self.served[queue.index], 1)
+
+        def close(self) -> None:
+            for fd in self.served:
+                os.close(fd)
+
+    with contextlib.closing(Moody()) as device, h.served(device, path), guest_on(path) as (raw, _):
+        raw.start()
+        assert raw.status(h.SET_VRING_NUM, h.state(1, h.NUM)) == 0
+        areas = (h.USER + 0x8000, h.USER + 0x9000, h.USER + 0xA000)
+        assert raw.status(h.SET_VRING_ADDR, h.address(1, *areas)) == 0
+        kick = os.eventfd(0)
+        assert raw.status(h.SET_VRING_KICK, h.u64(1), [kick]) == 0
+        assert raw.status(h.SET_VRING_ENABLE, h.state(1, 1)) == 0
+        device.refuses = True
+        assert raw.share_memory() != 0
+        device.refuses = False
+        for fd, served in zip((raw.kick, kick), device.served, strict=True):
+            os.eventfd_read(served)  # the look when it started
+            os.eventfd_write(fd, 1)
+            assert select.select([served], [], [], 20)[0]
+        os.close(kick)
+
+
 def test_reset_device(path: Path, no_leaks: None) -> None:
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         raw.start()
@@ -429,17 +517,23 @@ from user import hostile as h
 from user.test_lifecycle import guest_on
 install_sigbus_handler()
 path = Path({path!r})
-device = vhost.devices.Rng() if {kind!r} == "rng" else vhost.devices.Blk({image!r})
+device = vhost.devices.Blk({image!r}) if {kind!r} == "blk" else vhost.devices.Rng()
 with h.served(device, path), guest_on(path) as (other, fine):
     with guest_on(path) as (raw, guest):
         if {kind!r} == "rng":
             other.start()
         raw.start() if {kind!r} == "blk" else raw.negotiate()
-        if {kind!r} == "rng":
+        if {kind!r} != "blk":
             assert raw.share_memory() == 0
+        if {kind!r} == "rng":
             other.ask(h.GET_VRING_BASE, h.state(0, 0))
             raw.start_ring()
+        if {kind!r} == "start":
+            raw.set_ring()
+            assert raw.status(h.SET_VRING_ENABLE, h.state(0, 1)) == 0
         os.ftruncate(raw.memfd, 0)
+        if {kind!r} == "start":
+            raw.send(h.SET_VRING_KICK, h.u64(0), [raw.kick], flags=h.VERSION | h.NEED_REPLY)
         guest.kick()
         assert raw.ended()
     assert other.ask(h.GET_FEATURES).u64
@@ -448,9 +542,10 @@ print("alive")
 """
 
 
-@pytest.mark.parametrize("kind", ["rng", "blk"])
+@pytest.mark.parametrize("kind", ["rng", "blk", "start"])
 def test_memory_that_is_truncated_under_a_running_ring(tmp_path: Path, kind: str) -> None:
-    """In a process of its own, for the handler is the process's: python rings and the C engine."""
+    """In a process of its own, for the handler is the process's: python rings and the C engine, and a
+    ring that is about to start, where a refusal would not be enough."""
     image = tmp_path / "disk.raw"
     image.write_bytes(bytes(1 << 20))
     code = TRUNCATE.format(

@@ -28,8 +28,8 @@ from vhost.user.transport import Transport
 
 log = logging.getLogger("vhost.backend")
 
-LOUD_REFUSALS = 10
-"""How many refused messages of a session are warned of."""
+LOUD_COMPLAINTS = 10
+"""How many refused messages and broken rings of a session are warned of."""
 MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
@@ -46,7 +46,7 @@ class Backend(Handlers):
         # Whoever wakes us must not write to a descriptor that is somebody else's by now.
         self._events_lock = threading.Lock()
         self._watches_busy = False
-        self._refusals = 0
+        self._complaints = 0
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
         self._writes = False
@@ -166,6 +166,7 @@ class Backend(Handlers):
         try:
             answer = getattr(self, message.spec.handler)(message)
         except VhostError as error:
+            self._check_memory()  # lost: no refusal but the end
             self._refuse(message, error)
             return
         finally:
@@ -182,11 +183,14 @@ class Backend(Handlers):
         refusal = self.session.ack(message, 1)
         if refusal is None:
             raise error
-        # A peer must not fill anybody's log.
-        self._refusals += 1
-        level = logging.WARNING if self._refusals <= LOUD_REFUSALS else logging.INFO
-        log.log(level, "refused: %s", str(error))
+        self._complain("refused", error)
         self.transport.send(refusal)
+
+    def _complain(self, what: str, why: object) -> None:
+        """Neither a peer nor its guest may fill anybody's log."""
+        self._complaints += 1
+        level = logging.WARNING if self._complaints <= LOUD_COMPLAINTS else logging.INFO
+        log.log(level, "%s: %s", what, str(why))
 
     def _watch_output(self) -> None:
         writes = self.transport.pending > 0
@@ -206,7 +210,7 @@ class Backend(Handlers):
                 self._drop_channel()
         for ring in self.rings:
             if ring.queue is not None and ring.queue.broken:
-                log.warning("ring broken: %s", ring.queue.broken)
+                self._complain("ring broken", ring.queue.broken)
         self._check_memory()
 
     # -- rings -------------------------------------------------------------------------------------
@@ -219,12 +223,13 @@ class Backend(Handlers):
             self.device.handle_disabled(ring.queue)
 
     def _serve(self, ring: Ring) -> None:
-        if ring.queue is None or ring.queue.broken:
+        if ring.queue is None:
             return
-        try:
-            self.device.handle(ring.queue)
-        except QueueBroken as error:
-            log.warning("ring broken: %s", str(error))
+        if not ring.queue.broken:  # which it also is when its memory broke while it was made
+            try:
+                self.device.handle(ring.queue)
+            except QueueBroken as error:
+                self._complain("ring broken", error)
         self._check_memory()
         self._update_polling()
 
@@ -268,9 +273,9 @@ class Backend(Handlers):
     # -- the channel for our own requests ----------------------------------------------------------
 
     def set_channel(self, transport: Transport) -> None:
+        self._epoll.register(transport.fileno(), select.EPOLLIN)
         self._drop_channel()
         self.channel = transport
-        self._epoll.register(transport.fileno(), select.EPOLLIN)
 
     def _drop_channel(self) -> None:
         if self.channel is not None:

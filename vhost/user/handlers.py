@@ -147,6 +147,7 @@ class Handlers(ABC):
 
     def reset_owner(self, message: Message) -> None:
         """Deprecated; the specification recommends to disable all rings, or nothing."""
+        self.owned = False
         for ring in self.rings:
             self._enable(ring, False)
 
@@ -216,7 +217,7 @@ class Handlers(ABC):
         else:
             self.stop_all_rings()
             for ring in self.rings:
-                ring.base = None  # the driver makes new rings, where nothing was ever used
+                ring.base = ring.left = None  # the driver makes new rings, where nothing was ever used
             self.device.reset()
 
     def reset_device(self, message: Message) -> None:
@@ -290,6 +291,7 @@ class Handlers(ABC):
                 request=message.name,
             )
         ring.num = num
+        self._start_if_ready(ring)
 
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
@@ -305,7 +307,7 @@ class Handlers(ABC):
                 self.memory.user_to_guest(getattr(addr, name))
             except InvalidGuestMemory as error:
                 raise InvalidGuestMemory(f"{message.name}: ring {ring.index}: {name}: {error}") from error
-        ring.addr = addr
+        ring.place(addr)
         self._start_if_ready(ring)
 
     def set_vring_base(self, message: Message) -> None:
@@ -318,8 +320,8 @@ class Handlers(ABC):
         if ring.started:
             self.pause_ring(ring)
         base = ring.stop()
-        if ring.base is None and self.session.features & _RING_PACKED:
-            base = PACKED_START  # it never ran, and 0 would be another place (2.8.1)
+        if base is None:  # it never ran; for a packed ring 0 would be another place than that (2.8.1)
+            base = PACKED_START if self.session.features & _RING_PACKED else 0
         self._release_if_idle()
         return VringState(ring.index, base)
 
@@ -395,14 +397,12 @@ class Handlers(ABC):
     @contextlib.contextmanager
     def _paused(self, *rings: Ring) -> Iterator[None]:
         """Nothing uses these rings' queues inside the block; those that ran go on after it."""
-        running = [ring for ring in rings if ring.started]
-        for ring in running:
-            self.pause_ring(ring)
-        try:
+        with contextlib.ExitStack() as resume:  # all of them, also if a handler fails in between
+            for ring in rings:
+                if ring.started:
+                    resume.callback(self.run_ring, ring)
+                    self.pause_ring(ring)
             yield
-        finally:
-            for ring in running:
-                self.run_ring(ring)
 
 
 def _map(region: MemoryRegion, fd: int) -> Region:

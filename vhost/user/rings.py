@@ -35,7 +35,9 @@ class Ring:
         self.num = 0
         self.addr: VringAddr | None = None
         self.base: int | None = None
-        """None: SET_VRING_BASE never came, the ring's used index says where to start."""
+        """What SET_VRING_BASE said since the ring stopped last."""
+        self.left: int | None = None
+        """Where it stopped. If neither is known, the ring's used index says where to start."""
         self.enabled = False
         self.kick_known = False
         """SET_VRING_KICK came; kick -1 then means that the device is to poll."""
@@ -62,6 +64,16 @@ class Ring:
         if self.started:
             raise InvalidState(f"ring {self.index}: {what} while the ring is started")
 
+    @property
+    def position(self) -> int | None:
+        return self.left if self.base is None else self.base
+
+    def place(self, addr: VringAddr) -> None:
+        """The ring is here. A front-end that says so and gives no base, as old ones do, may have made a
+        new ring: where the one before it stopped means nothing then."""
+        self.addr = addr
+        self.left = None
+
     def can_start(self) -> bool:
         return self.queue is None and self.kick_known and self.num > 0 and self.addr is not None
 
@@ -69,7 +81,7 @@ class Ring:
         """Make the queue; InvalidQueue if what the front-end said of the ring is no ring."""
         assert self.addr is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
-        base = self.base
+        base = self.position
         if base is not None and not packed:
             base &= 0xFFFF  # the rest is reserved, and some front-ends leave garbage there
         self.queue = DeviceQueue(
@@ -92,18 +104,17 @@ class Ring:
         )
         return self.queue
 
-    def stop(self) -> int:
+    def stop(self) -> int | None:
         """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
-        base = self.base or 0
         if self.queue is not None:
-            base = self.queue.base
+            self.left = self.queue.base
+            self.base = None
             self.queue.close()
             self.queue = None
-            self.base = base
         self.by_device = False
         self.set_fd("kick", -1)
         self.kick_known = False
-        return base
+        return self.position
 
     def set_fd(self, kind: str, fd: int) -> None:
         """Replace the kick, call or err descriptor; the old one is closed. The queue may not be in
