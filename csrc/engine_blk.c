@@ -410,6 +410,7 @@ int blk_engine_init(struct blk_engine *e, unsigned nworkers, const char *name, c
 	e->max_spinners = cpus_to_spin_on();
 	e->max_spin_ns = e->max_spinners ? SPIN_MAX_NS : 0;
 	e->repairs = repairs;
+	e->pid = getpid();
 	e->notice = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (e->notice < 0)
 		return -errno;
@@ -503,6 +504,12 @@ void blk_engine_detach(struct blk_engine *e, struct blk_queue *q)
 
 	if (!w)
 		return;
+	/* In the child of a fork there is no thread to wait for, and the epoll set is the parent's, too. */
+	if (getpid() != e->pid) {
+		close_fds(q);
+		q->worker = NULL;
+		return;
+	}
 	pthread_mutex_lock(&e->control);
 	pthread_mutex_lock(&w->lock);
 	q->leaving = true;

@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "blk_request.h"
 #include "virtqueue.h"
@@ -57,6 +58,7 @@ struct blk_engine {
 	unsigned nworkers;
 	struct blk_worker *workers;
 	char name[10];		 /* of the threads: NAME/0, NAME/1 ... */
+	pid_t pid;		 /* of the process that has the threads: a fork has none */
 	pthread_mutex_t control; /* one attach or detach at a time */
 	uint32_t max_spin_ns;	 /* 0: never spin */
 	unsigned spinners;	 /* atomic: workers that spin at this moment ... */

@@ -21,7 +21,7 @@ from devices.disks import HANDLERS, Ring, pattern, ring, serving, wait_for
 from devices.load import Load
 from vhost.devices._blk_engine import MAX_RANGES
 from vhost.devices.blk import Blk
-from vhost.devices.blk_python import MAX_RANGE_SECTORS
+from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
 from vhost.drivers import Blk as BlkDriver
 from vhost.errors import DeviceBusy, RequestFailed
 from vhost.features import BlkF, DeviceId, ProtocolF, VirtioF
@@ -59,7 +59,6 @@ class Session:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_config_space(image: Path, tmp_path: Path, read_only: bool, no_leaks: None) -> None:
-    most = 0 if read_only else MAX_RANGE_SECTORS
     want = BlkConfig(
         capacity=SECTORS,
         seg_max=126,
@@ -68,10 +67,10 @@ def test_config_space(image: Path, tmp_path: Path, read_only: bool, no_leaks: No
         min_io_size=8,
         writeback=1,
         num_queues=5,
-        max_discard_sectors=most,
+        max_discard_sectors=0 if read_only else MAX_DISCARD_SECTORS,
         max_discard_seg=0 if read_only else MAX_RANGES,
         discard_sector_alignment=1,
-        max_write_zeroes_sectors=most,
+        max_write_zeroes_sectors=0 if read_only else MAX_ZEROES_SECTORS,
         max_write_zeroes_seg=0 if read_only else MAX_RANGES,
         write_zeroes_may_unmap=int(not read_only),
     )
@@ -86,6 +85,13 @@ def test_config_space(image: Path, tmp_path: Path, read_only: bool, no_leaks: No
             frontend.set_config(0, b"\1")  # read-only, and there is no CONFIG_WCE
         assert frontend.get_config(0, 8) == SECTORS.to_bytes(8, "little")
     assert len(want.pack()) == BlkConfig.SIZE == 72
+
+
+@pytest.mark.parametrize(("queue_size", "seg_max"), [(1024, 126), (128, 126), (127, 125), (16, 14), (2, 1)])
+def test_segments_fit_the_ring(image: Path, queue_size: int, seg_max: int) -> None:
+    device = Blk(image, queue_size=queue_size)
+    assert BlkConfig.unpack(device.config).seg_max == seg_max
+    device.close()
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -437,6 +443,44 @@ def test_threads_run_while_rings_do(image: Path, no_leaks: None) -> None:
     device.close()
     with pytest.raises(ValueError, match="attached already"), ring(Blk(image, threads=1)) as one:
         one.device.start_queue(one.queue)
+
+
+def test_threads_end_with_a_device_that_nobody_has(no_leaks: None) -> None:
+    """Dropped while its ring runs, as part of a cycle, with every order in which a collector may look."""
+    for engine_first in (False, True):
+        one = Ring(Blk(null_size=SIZE))
+        assert len(engine_threads()) == 1
+        cycle: list[object] = [one.device.engine] if engine_first else []
+        cycle += [cycle, one.queue, one.device, one]
+        events = one.kick, one.call, one.err
+        del cycle, one
+        gc.collect()
+        gone(lambda: not engine_threads())
+        for fd in events:
+            os.close(fd)
+
+
+def test_a_child_of_the_process_can_end(image: Path) -> None:
+    """It has a copy of the device, but none of the threads; and the parent's go on."""
+    script = f'''
+import os, signal, sys
+from devices.disks import Ring
+from vhost.devices.blk import Blk
+
+one = Ring(Blk({str(image)!r}))
+if not os.fork():
+    signal.alarm(20)
+    del one
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+assert one.request(0, 0, room=512)[:2] == (0, 513)
+device = one.device
+one.close()
+device.close()
+'''
+    path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    env = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=env)
 
 
 def gone(condition: Callable[[], bool]) -> None:

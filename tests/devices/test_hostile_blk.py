@@ -14,7 +14,7 @@ import pytest
 from devices.disks import BASE, HANDLERS, REGION, Ring, header, pattern, ring, segments, serving, wait_for
 from vhost.devices._blk_engine import MAX_RANGES
 from vhost.devices.blk import Blk
-from vhost.devices.blk_python import MAX_RANGE_SECTORS
+from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
 from vhost.drivers import Blk as BlkDriver
 from vhost.errors import QueueBroken
 from vhost.virtio_blk import BlkStatus, BlkType
@@ -261,7 +261,6 @@ RANGES = (BlkType.DISCARD, BlkType.WRITE_ZEROES)
         segments(((1 << 64) - 1, 2, 0)),
         segments((1 << 55, 1, 0)),
         segments((0, 0xFFFFFFFF, 0)),
-        segments((0, MAX_RANGE_SECTORS + 1, 0)),
         segments((0, 8, 0), (SECTORS, 8, 0)),
     ],
     ids=lambda data: f"{len(data)}-{data[:12].hex()}" if isinstance(data, bytes) else None,
@@ -311,6 +310,24 @@ def test_most_segments(disk: Ring, image: Path) -> None:
     for i in range(MAX_RANGES):
         assert got[i * 1024 : i * 1024 + 512] == bytes(512)
         assert got[i * 1024 + 512 : i * 1024 + 1024] == CONTENT[i * 1024 + 512 : i * 1024 + 1024]
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [(BlkType.DISCARD, MAX_DISCARD_SECTORS), (BlkType.WRITE_ZEROES, MAX_ZEROES_SECTORS)],
+)
+def test_longest_segment(tmp_path: Path, handler: str, kind: int, most: int) -> None:
+    """The limit is below the capacity here, so that nothing else refuses what is beyond it."""
+    big = tmp_path / "big"
+    big.write_bytes(CONTENT)
+    os.truncate(big, (most + 8) * 512)
+    with ring(Blk(big, handler=handler)) as disk:
+        assert disk.request(kind, 0, data=segments((0, most + 1, 0)))[:2] == (IOERR, 1)
+        assert disk.request(kind, 0, data=segments((0, 1, 0), (0, 0xFFFFFFFF, 0)))[:2] == (IOERR, 1)
+        assert disk.request(BlkType.IN, 0, room=SIZE // 2)[2] == CONTENT[: SIZE // 2]
+        assert disk.request(kind, 0, data=segments((0, most, 0)))[:2] == (OK, 1)
+        assert disk.request(BlkType.IN, 0, room=SIZE // 2)[2] == bytes(SIZE // 2)
 
 
 def test_segments_split_over_descriptors_and_regions(disk: Ring, image: Path) -> None:

@@ -22,6 +22,7 @@ class Disk:
         read_only: bool,
         block_device: bool,
         max_sectors: int,
+        max_zeroes: int,
         max_ranges: int,
         serial: bytes,
     ) -> None: ...

@@ -29,6 +29,7 @@ cdef class Disk:
         bint read_only,
         bint block_device,
         uint32_t max_sectors,
+        uint32_t max_zeroes,
         uint32_t max_ranges,
         bytes serial not None,
     ):
@@ -38,7 +39,8 @@ cdef class Disk:
         self.c.read_only = read_only
         self.c.block_device = block_device
         self.c.capacity = capacity
-        self.c.max_discard_sectors = self.c.max_write_zeroes_sectors = max_sectors
+        self.c.max_discard_sectors = max_sectors
+        self.c.max_write_zeroes_sectors = max_zeroes
         self.c.max_discard_seg = self.c.max_write_zeroes_seg = max_ranges
         memcpy(self.c.serial, <const char *> serial, len(serial))
 
@@ -65,7 +67,10 @@ cdef class Disk:
             raise OSError(-rc, os.strerror(-rc))
 
 
+# Not the collector's, like the queues: it would clear `attached`, and free what is in it, under the feet of
+# the threads. Nothing below refers back to a device, so that no cycle is lost by it.
 @cython.final
+@cython.no_gc
 cdef class Engine:
     cdef blk_engine c
     cdef bint ready
@@ -123,6 +128,7 @@ cdef class Engine:
 
 
 @cython.final
+@cython.no_gc
 cdef class _Attached:
     """Keeps alive what a worker uses."""
 

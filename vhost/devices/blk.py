@@ -17,13 +17,14 @@ import threading
 from vhost.device_queue import DeviceQueue
 from vhost.devices._blk_engine import MAX_RANGES, Disk, Engine
 from vhost.devices.base import Attached, Device
-from vhost.devices.blk_python import MAX_RANGE_SECTORS, serve_request
+from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, serve_request
 from vhost.errors import DeviceBusy, InvalidQueue, QueueBroken
 from vhost.features import BlkF, DeviceId
 from vhost.virtio_blk import ID_BYTES, SECTOR, BlkConfig
 
 SEG_MAX = 126
-"""Data segments of a request: what fits, with header and status, into the common ring of 128."""
+"""Data segments of a request: what fits, with header and status, into the common ring of 128; fewer
+if rings cannot be as large."""
 
 _BLKSSZGET, _BLKPBSZGET, _BLKIOMIN, _BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
 _FLOCK = struct.Struct("hhqqi4x")
@@ -88,12 +89,13 @@ class Blk(Device):
                 capacity=size // SECTOR,
                 read_only=read_only,
                 block_device=self._block_device,
-                max_sectors=MAX_RANGE_SECTORS,
+                max_sectors=MAX_DISCARD_SECTORS,
+                max_zeroes=MAX_ZEROES_SECTORS,
                 max_ranges=MAX_RANGES,
                 serial=id_bytes,
             )
             self._topology = self._look_at_topology()
-            workers = threads or min(num_queues, len(os.sched_getaffinity(0)))
+            workers = min(num_queues, threads or len(os.sched_getaffinity(0)))
             self.engine = Engine(workers, "vhost-blk") if handler == "c" else None
             self._workers = workers
         except BaseException:
@@ -135,20 +137,19 @@ class Blk(Device):
     def config(self) -> bytes:
         blk_size, exponent, min_io, opt_io = self._topology
         ranges = 0 if self.read_only else MAX_RANGES
-        sectors = 0 if self.read_only else MAX_RANGE_SECTORS
         return BlkConfig(
             capacity=self.capacity,
-            seg_max=SEG_MAX,
+            seg_max=max(1, min(SEG_MAX, self.max_queue_size - 2)),
             blk_size=blk_size,
             physical_block_exp=exponent,
             min_io_size=min_io,
             opt_io_size=opt_io,
             writeback=1,
             num_queues=self.num_queues,
-            max_discard_sectors=sectors,
+            max_discard_sectors=0 if self.read_only else MAX_DISCARD_SECTORS,
             max_discard_seg=ranges,
             discard_sector_alignment=blk_size // SECTOR,
-            max_write_zeroes_sectors=sectors,
+            max_write_zeroes_sectors=0 if self.read_only else MAX_ZEROES_SECTORS,
             max_write_zeroes_seg=ranges,
             write_zeroes_may_unmap=int(not self.read_only),
         ).pack()

@@ -16,8 +16,10 @@ from vhost.devices._blk_engine import MAX_RANGES, Disk
 from vhost.errors import InvalidQueue
 from vhost.virtio_blk import HEADER, ID_BYTES, RANGE, RANGE_UNMAP, SECTOR, BlkStatus, BlkType
 
-MAX_RANGE_SECTORS = 1 << 22
-"""2 GiB a discard or write-zeroes segment, so that none of them holds a worker for long."""
+MAX_DISCARD_SECTORS = 1 << 22
+MAX_ZEROES_SECTORS = 1 << 13
+"""2 GiB and 4 MiB a segment, so that no request holds a worker, and who waits for it, for long: holes are
+cheap, but a file system that cannot zero a range has it written."""
 
 
 class Served(Protocol):
@@ -132,8 +134,9 @@ def _ranges(disk: Served, discard: bool, chain: Chain) -> None:
     if any(flags & ~(0 if discard else RANGE_UNMAP) for _, _, flags in ranges):
         raise _Refused(BlkStatus.UNSUPP)
     _check_writable(disk)
+    most = MAX_DISCARD_SECTORS if discard else MAX_ZEROES_SECTORS
     for sector, count, _ in ranges:
-        if count > MAX_RANGE_SECTORS:
+        if count > most:
             raise _Refused(BlkStatus.IOERR)
         _check_range(disk, sector, count)
     if disk.fd < 0:
