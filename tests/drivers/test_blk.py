@@ -361,3 +361,15 @@ def test_a_device_that_came_back_larger(image: Path, tmp_path: Path) -> None:
         assert disk.negotiated & BlkF.FLUSH
         disk.close()
     assert image.read_bytes()[-512:] == CONTENT[:512]
+
+
+def test_ranges_beyond_what_one_segment_takes(tmp_path: Path) -> None:
+    """5.2.6.1: a driver keeps to the device's limits."""
+    large = tmp_path / "large.raw"
+    large.write_bytes(b"\x5a" * (10 << 20))
+    count = (9 << 20) // 512
+    with serving(Device(large), tmp_path / "large.sock"), connect(tmp_path / "large.sock") as frontend:
+        with Blk(frontend) as disk:
+            assert disk.config.max_write_zeroes_sectors < count
+            disk.write_zeroes(1, count)
+    assert large.read_bytes() == b"\x5a" * 512 + bytes(count * 512) + b"\x5a" * ((1 << 20) - 512)

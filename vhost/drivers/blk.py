@@ -182,12 +182,19 @@ class Blk(Driver):
 
     def discard(self, sector: int, count: int) -> None:
         """These sectors are not needed any more; what they read as from then on is undefined."""
-        self._run(BlkType.DISCARD, sector, count, data=RANGE.pack(sector, count, 0))
+        self._run_ranges(BlkType.DISCARD, sector, count, self.config.max_discard_sectors, 0)
 
     def write_zeroes(self, sector: int, count: int, *, unmap: bool = False) -> None:
         """Zero sectors; ``unmap`` lets the device free them while it does."""
         flags = RANGE_UNMAP if unmap else 0
-        self._run(BlkType.WRITE_ZEROES, sector, count, data=RANGE.pack(sector, count, flags))
+        self._run_ranges(BlkType.WRITE_ZEROES, sector, count, self.config.max_write_zeroes_sectors, flags)
+
+    def _run_ranges(self, kind: BlkType, sector: int, count: int, most: int, flags: int) -> None:
+        """In segments of what the device takes at most (5.2.6.1), one a request."""
+        most = most or count
+        for start in range(sector, sector + count, most or 1):
+            some = min(most, sector + count - start)
+            self._run(kind, start, some, data=RANGE.pack(start, some, flags))
 
     def get_id(self) -> str:
         """The device's serial number."""
