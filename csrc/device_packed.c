@@ -68,8 +68,9 @@ take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk 
 	return 1;
 }
 
-/* 2.8.5: the descriptors of a table lie behind each other; NEXT means nothing there. It ends the chain.
- * 1 or -1, as packed_take. */
+/* 2.8.7: the descriptors of a table lie behind each other, and a device ignores all flags of theirs but
+ * WRITE: INDIRECT nests nothing, it is a buffer like the others. The table ends the chain. 1 or -1, as
+ * packed_take. */
 static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint32_t ndesc,
 		      struct raw_desc indirect, uint16_t pos, bool wrap)
 {
@@ -87,8 +88,6 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 
 		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
 			return vq_fault(vq, VQ_ADDRESS, id, table.addr + (uint64_t)i * sizeof(d), 0);
-		if (unlikely(d.fourth & VRING_DESC_F_INDIRECT))
-			return vq_fault(vq, VQ_INDIRECT_NESTED, id, d.fourth, 0);
 		if (unlikely(chain_add(vq, c, &w, id, d.addr, d.len, d.fourth)))
 			return -1;
 	}

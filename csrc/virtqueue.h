@@ -34,7 +34,7 @@ enum virtqueue_fault {
 	VQ_TOO_MANY_PIECES,    /* buffers fall into more pieces of memory than we keep */
 	VQ_WRITE_BEFORE_READ,  /* device-readable after device-writable (2.7.4.2) */
 	VQ_INDIRECT_DISABLED,  /* INDIRECT without VIRTIO_F_INDIRECT_DESC */
-	VQ_INDIRECT_NESTED,
+	VQ_INDIRECT_NESTED,    /* split only: in packed tables the flag means nothing (2.8.7) */
 	VQ_INDIRECT_NEXT,      /* INDIRECT together with NEXT (2.7.5.3.1) */
 	VQ_INDIRECT_LENGTH,    /* table of 0 bytes or no multiple of 16 */
 	VQ_ID_RANGE,	       /* packed: buffer id >= ring size; driver side: used id too */
