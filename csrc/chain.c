@@ -19,15 +19,15 @@ void vhost_chain_destroy(struct vhost_chain *c)
 	vhost_chain_init(c);
 }
 
-/* Room for one more piece behind the first n. */
-static bool grow(struct vhost_chain *c, uint32_t n)
+/* Room for one more piece behind the first n, which are fewer than max. */
+static bool grow(struct vhost_chain *c, uint32_t n, uint32_t max)
 {
 	uint32_t cap = c->spill_cap ? c->spill_cap * 2 : VHOST_CHAIN_INLINE * 8;
 	struct iovec *spill;
 
 	if (c->iov == c->spill || !c->spill) {
-		if (cap > VHOST_CHAIN_MAX_PIECES)
-			return false;
+		if (cap > max)
+			cap = max;
 		spill = realloc(c->spill, cap * sizeof(*spill));
 		if (!spill)
 			return false;
@@ -43,6 +43,7 @@ static bool grow(struct vhost_chain *c, uint32_t n)
 int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
 		     uint64_t addr, uint32_t len)
 {
+	uint32_t max = chain_max_pieces(vq);
 	uint64_t left = len;
 
 	if (!len)
@@ -54,8 +55,9 @@ int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, ui
 
 		if (!p)
 			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
-		if (n == cap && !grow(c, n))
-			return vq_fault(vq, VQ_TOO_MANY_PIECES, head, n, VHOST_CHAIN_MAX_PIECES);
+		/* Without memory for them they are too many, too. */
+		if (n >= max || (n == cap && !grow(c, n, max)))
+			return vq_fault(vq, VQ_TOO_MANY_PIECES, head, n + 1, max + 1);
 		c->iov[n].iov_base = p;
 		c->iov[n].iov_len = piece;
 		n++;

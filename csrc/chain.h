@@ -13,8 +13,6 @@
 #include "guest_memory.h"
 
 #define VHOST_CHAIN_INLINE 8u
-/* A chain of more pieces is refused: 1 MiB of iovecs, twice what the largest ring could need. */
-#define VHOST_CHAIN_MAX_PIECES 65536u
 
 struct vhost_chain {
 	uint16_t id;    /* split: index of the head descriptor; packed: buffer id */

@@ -172,6 +172,13 @@ static inline uint32_t chain_table_limit(const struct virtqueue *vq)
 	return vq->num > CHAIN_TABLE_MAX ? vq->num : CHAIN_TABLE_MAX;
 }
 
+/* A chain has this many pieces at most: as many buffers as it may have, and as many borders of regions
+ * that they cross. Not more, for a device may hold as many chains as the ring has slots. */
+static inline uint32_t chain_max_pieces(const struct virtqueue *vq)
+{
+	return 2 * chain_table_limit(vq);
+}
+
 /* The chain is whole: it is out from here on. */
 static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
 							   struct vhost_chain *c,

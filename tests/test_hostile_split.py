@@ -264,7 +264,7 @@ def test_a_broken_queue_leaves_its_neighbour_alone() -> None:
 
 
 def test_buffers_in_more_pieces_than_are_kept() -> None:
-    """A table of buffers that each lie across all 509 regions."""
+    """A table of buffers that each lie across all 509 regions: 2048 pieces are enough for a small ring."""
     size, count = 64, 509
     regions = [Region.allocate(1 << 16, guest_addr=BASE, user_addr=0)]
     start = BASE + (1 << 16)
@@ -275,7 +275,7 @@ def test_buffers_in_more_pieces_than_are_kept() -> None:
     memory = GuestMemory(regions)
     queue = DeviceQueue(memory, NUM, BASE, BASE + 0x1000, BASE + 0x2000, name="victim")
     whole = size * (count - 1)
-    for entries, fits in ((100, True), (65536 // (count - 1) + 1, False)):
+    for entries, fits in ((4, True), (5, False)):
         for i in range(entries):
             more = NEXT if i < entries - 1 else 0
             memory.write(BASE + 0x4000 + 16 * i, struct.pack("<QIHH", start, whole, more, i + 1))
@@ -287,7 +287,7 @@ def test_buffers_in_more_pieces_than_are_kept() -> None:
             assert taken is not None
             assert len(taken.readable) == entries * (count - 1)
             assert taken.readable_len == entries * whole
-            assert taken.read_at(whole * 50 - 3, 6) == bytes(6)
+            assert taken.read_at(whole * 2 - 3, 6) == bytes(6)
             queue.push(taken)
         else:
             with pytest.raises(QueueBroken, match="scattered over too many pieces"):
