@@ -12,15 +12,18 @@
 
 typedef void stage_fn(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc);
 
-/* The oldest of what is out: back in the ring, and no longer out. */
+/*
+ * Its id is free from here on: who offers it again before it was published harms nobody else. Its slots
+ * stay in use until then, or a driver could make us stage more than the ring has.
+ */
 static inline __attribute__((always_inline)) void device_stage(struct virtqueue *vq, uint16_t id,
 							       uint32_t written, stage_fn *stage)
 {
 	uint16_t ndesc = vq->slots[id].ndesc;
 
 	vq->slots[id].ndesc = 0;
-	vq->inuse -= ndesc;
 	stage(vq, id, written, ndesc);
+	vq->staged_slots += ndesc;
 }
 
 static inline __attribute__((always_inline)) int device_fill(struct virtqueue *vq, uint16_t id,
@@ -49,6 +52,14 @@ static inline __attribute__((always_inline)) int device_fill(struct virtqueue *v
 		device_stage(vq, oldest, vq->slots[oldest].len, stage);
 	}
 	return 0;
+}
+
+/* What was staged is published. */
+static inline void device_flushed(struct virtqueue *vq, uint32_t entries)
+{
+	vq->unsignalled += entries;
+	vq->inuse -= vq->staged_slots;
+	vq->staged_slots = 0;
 }
 
 #endif

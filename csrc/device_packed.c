@@ -4,7 +4,7 @@
  * device's private state; knows neither who drives it nor how anybody is signalled.
  *
  * Used elements are written over descriptors that were popped before: as many slots further on as
- * their chain had descriptors (2.8.7). inuse keeps them behind what has been popped.
+ * their chain had descriptors (2.8.6). inuse keeps them behind what has been popped.
  */
 #include <errno.h>
 
@@ -172,7 +172,6 @@ static inline void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t writ
 		vq->first_flags = flags;
 	else
 		WRITE_ONCE(d->flags, flags);
-	vq->staged_slots += ndesc;
 	advance(vq, &vq->staged, &vq->staged_wrap, ndesc);
 }
 
@@ -187,10 +186,9 @@ void packed_flush(struct virtqueue *vq)
 		return;
 	/* Pairs with the driver's acquire of the flags: this element and all after it are there. */
 	STORE_RELEASE(vq->packed.desc[vq->used].flags, vq->first_flags);
-	vq->unsignalled += vq->staged_slots;
-	vq->staged_slots = 0;
 	vq->used = vq->staged;
 	vq->used_wrap = vq->staged_wrap;
+	device_flushed(vq, vq->staged_slots);
 }
 
 bool packed_should_notify(struct virtqueue *vq)
@@ -217,8 +215,9 @@ bool packed_should_notify(struct virtqueue *vq)
 				    __ATOMIC_RELAXED);
 	if (wish.event.flags == VRING_PACKED_EVENT_FLAG_DISABLE)
 		return false;
-	/* DESC without EVENT_IDX, and the reserved value, suppress nothing. */
-	if (wish.event.flags != VRING_PACKED_EVENT_FLAG_DESC || !vq->event_idx || count >= vq->num)
+	/* DESC without EVENT_IDX, and the reserved value, suppress nothing; and more than a lap has
+	 * passed every position there is. */
+	if (wish.event.flags != VRING_PACKED_EVENT_FLAG_DESC || !vq->event_idx || count > vq->num)
 		return true;
 	off = wish.event.off_wrap & ~VRING_PACKED_EVENT_WRAP;
 	if ((wish.event.off_wrap >> 15) != vq->used_wrap)

@@ -165,14 +165,14 @@ int split_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 
 void split_flush(struct virtqueue *vq)
 {
-	uint32_t count = (uint16_t)(vq->staged - vq->used);
+	uint16_t count = vq->staged - vq->used;
 
 	if (!count)
 		return;
-	vq->unsignalled += count;
 	vq->used = vq->staged;
 	/* Pairs with the driver's acquire of used.idx: the elements, and the data, are there. */
 	STORE_RELEASE(vq->split.used->idx, vq->used);
+	device_flushed(vq, count);
 }
 
 bool split_should_notify(struct virtqueue *vq)

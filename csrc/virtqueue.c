@@ -112,10 +112,13 @@ int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n
 
 int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 {
-	struct vq_slot *slot = &vq->slots[c->id];
+	struct vq_slot *slot;
 
+	if (c->id >= vq->num)
+		return -EINVAL;
+	slot = &vq->slots[c->id];
 	/* One that is done has a seq beyond the mask. */
-	if (c->id >= vq->num || !slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
+	if (!slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
 		return -EINVAL;
 	FORMAT(vq, unpop)(vq, slot->ndesc);
 	vq->inuse -= slot->ndesc;

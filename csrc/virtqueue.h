@@ -78,10 +78,11 @@ struct virtqueue_config {
 struct vq_slot {
 	uint32_t len;	/* writable bytes of the chain; once done, bytes written */
 	uint16_t ndesc; /* ring slots; 0: not out */
-	uint16_t seq;	/* of its pop, modulo VQ_SEQ_MASK + 1: tells unpop whether it is the newest */
+	uint16_t seq;	/* of its pop, modulo VQ_SEQ_MASK + 1: tells unpop whether it is the newest; a
+			 * caller who is wrong about that is caught, but for one case in 32768 */
 };
 
-#define VQ_SEQ_MASK 0x7fffu /* no two chains that are out have the same: at most 32768 are */
+#define VQ_SEQ_MASK 0x7fffu
 #define VQ_SLOT_DONE 0x8000u /* in seq: filled, waiting for its elders (in_order) */
 
 struct virtqueue {

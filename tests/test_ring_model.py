@@ -333,7 +333,7 @@ class DeviceMachine(Common):
     def agrees(self) -> None:
         if hasattr(self, "queue"):
             assert self.queue.has_work() == bool(self.added)
-            assert self.queue.in_flight == sum(job.slots for job in self.out)
+            assert self.queue.in_flight == sum(job.slots for job in [*self.out, *self.staged])
             assert self.queue.broken is None
 
 
