@@ -69,6 +69,8 @@ setup(
             extension("vhost._ring"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
+            extension("vhost.kernel._ioctl"),
+            extension("vhost.kernel._vduse"),
             extension("vhost.devices._blk_engine", "csrc/engine_blk.c", "csrc/blk_request.c"),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},
