@@ -67,6 +67,7 @@ setup(
             extension("vhost.memory"),
             extension("vhost.chain"),
             extension("vhost._ring"),
+            extension("vhost.dirty_log"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
             extension("vhost.kernel._ioctl"),

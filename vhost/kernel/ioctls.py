@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Flag, auto
-from errno import EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, ENOTSUP, ENOTTY, EPERM
+from errno import E2BIG, EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, ENOTSUP, ENOTTY, EPERM
 from typing import Any
 
 from vhost.kernel import _ioctl as k
@@ -91,7 +91,8 @@ GET_FORK_FROM_OWNER = k.Scalar(
 
 SET_MEM_TABLE = k.MemTable(
     "VHOST_SET_MEM_TABLE", Node.VHOST, "Replace the memory table.",
-    errors=_also({EFAULT: "a ring that runs, or the dirty log, would lose its memory"}),
+    errors=_also({EFAULT: "a ring that runs, or the dirty log, would lose its memory",
+                  E2BIG: "more regions than vhost's module parameter max_mem_regions"}),
 )  # fmt: skip
 SET_LOG_BASE = k.Scalar(
     "VHOST_SET_LOG_BASE", Node.VHOST, "Where the dirty log is in this process.", feature="VHOST_F_LOG_ALL",
@@ -243,7 +244,8 @@ VDPA_GET_VRING_DESC_GROUP = k.VringState(
 )  # fmt: skip
 VDPA_SET_GROUP_ASID = k.VringState(
     "VHOST_VDPA_SET_GROUP_ASID", Node.VDPA, "The address space of a group.",
-    what="group", value="address space", feature="VHOST_BACKEND_F_IOTLB_ASID", errors={**_VDPA, EINVAL: "no such group or address space"},
+    what="group", value="address space", feature="VHOST_BACKEND_F_IOTLB_ASID",
+    errors={**_VDPA, EINVAL: "no such group or address space"},
 )  # fmt: skip
 VDPA_SUSPEND = k.Plain(
     "VHOST_VDPA_SUSPEND", Node.VDPA, "Stop processing; rings keep their place.",
