@@ -3,6 +3,7 @@
 
 from vhost.drivers.base import Driver
 from vhost.drivers.blk import Blk, BlkError
+from vhost.drivers.net import Frame, Net, NetError
 from vhost.drivers.rng import Rng
 
-__all__ = ["Blk", "BlkError", "Driver", "Rng"]
+__all__ = ["Blk", "BlkError", "Driver", "Frame", "Net", "NetError", "Rng"]
