@@ -55,7 +55,9 @@ class Outcome:
 def pytest_command(arguments: Sequence[str]) -> str:
     return shlex.join(
         [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--color=no"),
+            *(sys.executable, "-m", "pytest", "-q", "--color=no"),
+            # There is no place for a cache, and TCG takes seven seconds to import hypothesis' plugin.
+            *("-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
             f"--junitxml={SHARE}/junit.xml",
             *(arguments or ["tests/kernel"]),
         ]
