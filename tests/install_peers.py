@@ -30,19 +30,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers.apt import Apt, codename, run, say
-from peers.catalogue import CONTRIB_BLK, LIBBLKIO, PEERS
+from peers.catalogue import CONTRIB_BLK, KERNEL_HEADERS, LIBBLKIO, PEERS
 from peers.kernel_install import install_kernel
-from peers.kernels import CACHE, CLOUD, KERNELS, REPOSITORY, Kernel
+from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
 
 # The suites that a release lacks something from: (QEMU, libblkio). None: its own is fine.
 EXTRA_SUITES = {"bookworm": ("bookworm-backports", "trixie")}
 
 
-def install_libblkio(apt: Apt, suite: str) -> None:
-    say("libblkio: download and unpack")
-    shutil.rmtree(LIBBLKIO, ignore_errors=True)
-    apt.unpack(PEERS["libblkio"].packages, suite, LIBBLKIO)
-    (LIBBLKIO / "complete").write_text("\n")
+def unpack(apt: Apt, name: str, suite: str, into: Path) -> None:
+    """The packages of a peer that is used from where it is unpacked."""
+    say(f"{name}: download and unpack")
+    shutil.rmtree(into, ignore_errors=True)
+    apt.unpack(PEERS[name].packages, suite, into)
+    (into / "complete").write_text("\n")
 
 
 def install_contrib_blk(apt: Apt, suite: str) -> None:
@@ -114,7 +115,8 @@ def main() -> int:
     release = codename()
     qemu_suite, blkio_suite = EXTRA_SUITES.get(release, (release, release))
     kernels = [kernel for name, kernel in _kernels().items() if name in todo]
-    apt = Apt(CACHE / "apt", dict.fromkeys((qemu_suite, blkio_suite, *(kernel.suite for kernel in kernels))))
+    suites = (qemu_suite, blkio_suite, NEWEST_SUITE, *(kernel.suite for kernel in kernels))
+    apt = Apt(CACHE / "apt", dict.fromkeys(suites))
     if os.geteuid() == 0:
         qemu = [package for name in ("qemu", "qsd") if name in todo for package in PEERS[name].packages]
         tools = [
@@ -136,7 +138,9 @@ def main() -> int:
     for kernel in kernels:
         install_kernel(apt, kernel)
     if "libblkio" in todo:
-        install_libblkio(apt, blkio_suite)
+        unpack(apt, "libblkio", blkio_suite, LIBBLKIO)
+    if "kernel-headers" in todo:
+        unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
     if "contrib-vhost-user-blk" in todo:
         install_contrib_blk(apt, qemu_suite)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again

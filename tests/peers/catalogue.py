@@ -18,6 +18,7 @@ from pathlib import Path
 from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
+KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
 
@@ -91,6 +92,7 @@ PEERS: dict[str, Peer] = {
         Peer("kernel", (CLOUD.package,), CLOUD.missing),
         *(_kernel(kernel) for kernel in KERNELS.values()),
         Peer("iproute2", ("iproute2",), _program("vdpa")),
+        Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
     )

@@ -96,6 +96,9 @@ CLOUD = Kernel(
     ("virtio_pci", "virtio_blk", "virtio_rng"),
 )
 
+# Whose kernel and kernel headers are the newest that a Debian release offers.
+NEWEST_SUITE = "trixie-backports"
+
 # Have vhost, and run the tests below tests/kernel. 6.1 is before vDPA came to Debian; 6.12 has version 0
 # of VDUSE's API, the newest has version 1.
 _VHOST = ("net", "vsock", "scsi")
@@ -104,6 +107,6 @@ KERNELS: dict[str, Kernel] = {
     for name, suite, facilities in (
         ("6.1", "bookworm", _VHOST),
         ("6.12", "bookworm-backports", (*_VHOST, "vdpa", "vduse", "vdpa_sim")),
-        ("newest", "trixie-backports", (*_VHOST, "vdpa", "vduse")),
+        ("newest", NEWEST_SUITE, (*_VHOST, "vdpa", "vduse")),
     )
 }
