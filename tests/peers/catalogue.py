@@ -22,6 +22,10 @@ KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
 
+# For modules that Debian's kernels lack.
+BUILD_PROGRAMS = ("gcc", "make", "strip")
+BUILD_PACKAGES = ("gcc", "make", "binutils")
+
 # reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
 QEMU_MINIMUM = (9, 2)
 
@@ -77,8 +81,8 @@ def static_busybox() -> str:
 
 
 def _kernel(kernel: Kernel) -> Peer:
-    package = f"{kernel.package} of {kernel.suite}"
-    return Peer(f"kernel-{kernel.name}", (package,), kernel.missing)
+    build = BUILD_PACKAGES if kernel.builds else ()
+    return Peer(f"kernel-{kernel.name}", (f"{kernel.package} of {kernel.suite}", *build), kernel.missing)
 
 
 PEERS: dict[str, Peer] = {

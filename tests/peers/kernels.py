@@ -58,6 +58,11 @@ class Kernel:
         return tuple(module for name in self.facilities for module in FACILITIES[name])
 
     @property
+    def builds(self) -> bool:
+        """Modules of it are built from source."""
+        return "vdpa_sim" in self.facilities
+
+    @property
     def image(self) -> Path:
         """What QEMU boots fastest: the ELF image by PVH if there is one, else the bzImage."""
         vmlinux = self.folder / "vmlinux"

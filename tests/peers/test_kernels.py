@@ -36,7 +36,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
     }
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield {
-            name: pool.submit(run_in_kernel, kernel, pytest_command(["tests/kernel"]), timeout=TIMEOUT)
+            name: pool.submit(run_in_kernel, kernel, pytest_command(["-v"]), timeout=TIMEOUT)
             for name, kernel in KERNELS.items()
             if name in chosen and not kernel.missing()
         }
