@@ -53,11 +53,17 @@ class Outcome:
 
 
 def pytest_command(arguments: Sequence[str]) -> str:
+    """All of tests/kernel unless the arguments name a file or a folder."""
+    paths = [word for word in arguments if (REPOSITORY / word.split("::")[0]).exists()]
     return shlex.join(
         [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--color=no"),
-            f"--junitxml={SHARE}/junit.xml",
-            *(arguments or ["tests/kernel"]),
+            *(sys.executable, "-m", "pytest", "--color=no", f"--junitxml={SHARE}/junit.xml"),
+            # There is no place for a cache, and TCG takes seven seconds to import hypothesis' plugin.
+            *("-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
+            # A test that hangs shows where.
+            *("-o", "faulthandler_timeout=120"),
+            *arguments,
+            *([] if paths else ["tests/kernel"]),
         ]
     )
 
@@ -204,7 +210,7 @@ def main() -> int:
         sys.stdout.flush()
 
     outcome = run_in_kernel(
-        kernel, options.shell or pytest_command(arguments), timeout=options.timeout, live=live
+        kernel, options.shell or pytest_command(["-q", *arguments]), timeout=options.timeout, live=live
     )
     if options.console:
         print(f"--- console\n{outcome.console}")
