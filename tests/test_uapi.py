@@ -154,8 +154,9 @@ def test_every_number_size_and_offset(
         options = ["-isystem", str(folder), "-isystem", str(folder / f"{platform.machine()}-linux-gnu")]
     headers = "#include <linux/vhost.h>\n#include <linux/vduse.h>\n"
     theirs = facts(tmp_path, which, headers, *options)
+    lacking = " ".join(name for name in theirs.lacking if "." not in name)
     note(f"{which} kernel headers: {len(theirs.values)} facts compared; "
-         f"they lack {' '.join(theirs.lacking) or 'nothing'}")  # fmt: skip
+         f"they lack {lacking or 'nothing'}")  # fmt: skip
     assert not ours.lacking
     assert theirs.values == {name: ours.values[name] for name in theirs.values}
     assert len(theirs.values) + len(theirs.lacking) == len(ours.values)
