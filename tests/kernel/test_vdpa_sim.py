@@ -58,7 +58,7 @@ def test_what_a_disk_says(blk_node: str, no_leaks: None) -> None:
             disk.get_config(size - 1, 2)
         assert failed.value.errno == errno.EINVAL
         assert "VHOST_VDPA_GET_CONFIG" in str(failed.value)
-        assert "2 bytes at 59" in str(failed.value)
+        assert f"2 bytes at {size - 1}" in str(failed.value)
 
 
 def test_second_open(blk_node: str) -> None:
@@ -129,8 +129,6 @@ def test_memory_is_in_the_range_and_whole_pages(blk_node: str, no_leaks: None) -
         if last < (1 << 64) - PAGE:
             with pytest.raises(IoctlError, match="IOVA range"):
                 disk.dma_map(last + 1, PAGE, low.host_addr)
-        with pytest.raises(IoctlError, match="IOTLB UPDATE"):
-            disk.dma_map(1 << 20, PAGE, 0x1000)
         disk.set_mem_table(GuestMemory())
 
 
