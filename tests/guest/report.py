@@ -38,9 +38,9 @@ class Report:
         if skips_fail:
             found += [f"skipped: {name}" for name in self.skipped]
         if self.outcome.problem:
-            found.append(f"{self.outcome.problem}\n--- output\n{self.outcome.output[-3000:]}")
+            found.append(f"{self.outcome.problem}\n--- output\n{self.outcome.output[-8000:]}")
         elif self.outcome.code and not self.failures:
-            found.append(f"pytest exited with {self.outcome.code}:\n{self.outcome.output[-3000:]}")
+            found.append(f"pytest exited with {self.outcome.code}:\n{self.outcome.output[-8000:]}")
         # A facility that no test used would be a promise that nobody kept.
         found += [
             f"no test used {name}"
