@@ -30,7 +30,9 @@ RINGS = (
     "vhost.driver_queue",
 )
 PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
-ROLES = (*RINGS, *PROTOCOL, "vhost.user.transport", "vhost.ops", "vhost.user.rings", "vhost.devices.base")
+# What serves a device, whatever brings the requests.
+SERVING = ("vhost.devices.base", "vhost.devices.rings", "vhost.devices.session")
+ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
 # What a device and its driver both put on the wire: data, below either.
 WIRE = ("vhost.virtio_blk",)
 ANYTHING = ("vhost",)
