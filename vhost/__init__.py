@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vhost import devices, drivers
+from vhost import devices, drivers, kernel
 from vhost.chain import Chain
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
@@ -50,5 +50,6 @@ __all__ = [
     "VirtioF",
     "devices",
     "drivers",
+    "kernel",
     "serve",
 ]

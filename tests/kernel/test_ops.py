@@ -227,7 +227,9 @@ def test_dirty_log_covers_memory(net: VhostNet) -> None:
     with pytest.raises(InvalidLogAddress):
         net.set_mem_table(more)
     net.set_vring_num(0, NUM)
-    net.set_vring_addr(0, DESC, AVAIL, USED, log=USED, flags=VringF.LOG)
+    net.set_vring_addr(0, DESC, AVAIL, USED)
+    refused(lambda: k.SET_VRING_ADDR(net.fd, 0, 0x10000, 0x20000, 0x30000, log=1, flags=VringF.LOG),
+            errno.EINVAL, "log 0x1", "flags 0x1")  # fmt: skip
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     net.set_log_fd(fd)
     net.set_log_fd(None)

@@ -87,19 +87,19 @@ def install_kernel(apt: Apt, kernel: Kernel) -> None:
     say(f"{' '.join(packages)}: download and unpack")
     staging = kernel.folder.with_name(f"{kernel.folder.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
-    package, target = staging / "package", staging / "kernel"
-    for folder in (package, target / "modules"):
+    unpacked, target = staging / "unpacked", staging / "kernel"
+    for folder in (unpacked, target / "modules"):
         folder.mkdir(parents=True)
-    apt.unpack(packages, kernel.suite, package)
-    image = next(package.glob("boot/vmlinuz-*"), None) or next(package.rglob("vmlinuz"))
+    apt.unpack(packages, kernel.suite, unpacked)
+    image = next(unpacked.glob("boot/vmlinuz-*"), None) or next(unpacked.rglob("vmlinuz"))
     shutil.copy(image, target / "vmlinuz")
     vmlinux = extract_vmlinux(image.read_bytes())
     if vmlinux is not None:
         (target / "vmlinux").write_bytes(vmlinux)
     (tree,) = (
-        package.glob("lib/modules/*") if (package / "lib").exists() else package.glob("usr/lib/modules/*")
+        unpacked.glob("lib/modules/*") if (unpacked / "lib").exists() else unpacked.glob("usr/lib/modules/*")
     )
-    if "vdpa_sim" in kernel.facilities:
+    if kernel.builds:
         build_vdpa_sim(apt, kernel.suite, tree.name, tree)
     modules = Modules(tree)
     boot = modules.ordered(kernel.boot)

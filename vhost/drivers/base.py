@@ -7,6 +7,8 @@ Owns the memory that it shares, the rings in it and their eventfds. Knows no par
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntFlag
 from types import TracebackType
 from typing import Self
@@ -24,6 +26,26 @@ PAGE = 4096
 RING_FEATURES = VirtioF.RING_INDIRECT_DESC | VirtioF.RING_EVENT_IDX | VirtioF.RING_PACKED | VirtioF.IN_ORDER
 
 
+@dataclass(frozen=True, slots=True)
+class QueuePlan:
+    """One ring to set up: the device's number for it, and its size."""
+
+    index: int
+    size: int
+    indirect_max: int = 8
+    """Buffers of a chain that fit into an indirect table, if the device takes such; 0: none are made."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a ring is: its guest address, and what lies where from there."""
+
+    addr: int
+    size: int
+    layout: Layout
+    indirect_max: int
+
+
 class Driver:
     """A device's driver in user space.
 
@@ -35,6 +57,8 @@ class Driver:
     """Bits of this device type that the driver can use."""
     names: type[IntFlag] = VirtioF
     """What these bits are called."""
+    legacy: bool = False
+    """Can the driver do without VERSION_1?"""
 
     def __init__(
         self,
@@ -50,31 +74,51 @@ class Driver:
         self.ops = ops
         self.queue_size = queue_size
         self.num_queues = num_queues
+        self._indirect_max = indirect_max
+        self._data_size = data_size
         self.negotiated = self._choose(packed, without)
         self.packed = bool(self.negotiated & VirtioF.RING_PACKED)
-        has_tables = bool(self.negotiated & VirtioF.RING_INDIRECT_DESC)
-        self._indirect_max = indirect_max if has_tables else 0
-        self._layout: Layout = DriverQueue.layout(
-            queue_size, packed=self.packed, indirect_max=self._indirect_max
-        )
-        self._ring_room = -(-self._layout.size // PAGE) * PAGE
-        self.region = Region.allocate(num_queues * self._ring_room + data_size, guest_addr=GUEST_ADDR)
-        self.memory = GuestMemory([self.region])
-        self.data_addr = GUEST_ADDR + num_queues * self._ring_room
+        plans, data_size = self._plan()
+        self._places: dict[int, _Place] = {}
+        end = GUEST_ADDR
+        for plan in plans:
+            place = self._places[plan.index] = self._place(end, plan)
+            end += -(-place.layout.size // PAGE) * PAGE
+        self.data_addr = end
         """Guest address of the ``data_size`` bytes that are the subclass's."""
+        self.region = Region.allocate(end - GUEST_ADDR + data_size, guest_addr=GUEST_ADDR)
+        self.memory = GuestMemory([self.region])
         self.queues: list[DriverQueue] = []
+        """In the order of the plan; ``index`` is the device's number."""
         self._events: list[int] = []
         try:
-            for index in range(num_queues):
+            for index in self._places:
                 self.queues.append(self._make_queue(index))
             self._start()
         except BaseException:
             self._close_events()
             raise
 
+    # -- what a subclass may say -------------------------------------------------------------------
+
+    def _agree(self, features: int) -> int:
+        """Of what both sides can do, that which goes together; by default all of it."""
+        return features
+
+    def _plan(self) -> tuple[Sequence[QueuePlan], int]:
+        """The rings, and the bytes of memory for data. Asked once, when ``negotiated`` is known."""
+        plans = [QueuePlan(i, self.queue_size, self._indirect_max) for i in range(self.num_queues)]
+        return plans, self._data_size
+
+    def _fill(self) -> None:
+        """Add the buffers that the device shall find when it starts, without a kick: the rings are new and
+        the device was told of them, but does not look yet. Again at each ``restart``."""
+
+    # -- coming up ---------------------------------------------------------------------------------
+
     def _choose(self, packed: bool | None, without: int) -> int:
-        offered = self.ops.get_features()
-        if not offered & VirtioF.VERSION_1:
+        offered = self.ops.get_features() & ~without
+        if not offered & VirtioF.VERSION_1 and not self.legacy:
             raise VhostError("the device is a legacy one: it does not offer VERSION_1")
         if packed and not offered & VirtioF.RING_PACKED:
             names = " ".join(feature_names(offered, self.names, VirtioF))
@@ -82,7 +126,12 @@ class Driver:
         wanted = int(VirtioF.VERSION_1 | RING_FEATURES) | self.features | self.ops.transport_features
         if packed is False:
             wanted &= ~int(VirtioF.RING_PACKED)
-        return offered & wanted & ~without
+        return self._agree(offered & wanted)
+
+    def _place(self, addr: int, plan: QueuePlan) -> _Place:
+        most = plan.indirect_max if self.negotiated & VirtioF.RING_INDIRECT_DESC else 0
+        layout = DriverQueue.layout(plan.size, packed=self.packed, indirect_max=most)
+        return _Place(addr, plan.size, layout, most)
 
     def _make_queue(self, index: int) -> DriverQueue:
         kick, call = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
@@ -90,18 +139,19 @@ class Driver:
         return self._queue_on(index, kick, call)
 
     def _queue_on(self, index: int, kick: int, call: int) -> DriverQueue:
-        start = GUEST_ADDR + index * self._ring_room
+        place = self._places[index]
+        start, layout = place.addr, place.layout
         return DriverQueue(
             self.memory,
-            self.queue_size,
-            desc=start + self._layout.desc,
-            avail=start + self._layout.avail,
-            used=start + self._layout.used,
+            place.size,
+            desc=start + layout.desc,
+            avail=start + layout.avail,
+            used=start + layout.used,
             packed=self.packed,
             event_idx=bool(self.negotiated & VirtioF.RING_EVENT_IDX),
             in_order=bool(self.negotiated & VirtioF.IN_ORDER),
-            indirect_addr=start + self._layout.indirect if self._indirect_max else None,
-            indirect_max=self._indirect_max,
+            indirect_addr=start + layout.indirect if place.indirect_max else None,
+            indirect_max=place.indirect_max,
             kick=kick,
             call=call,
             index=index,
@@ -119,17 +169,21 @@ class Driver:
         if not ops.get_status() & Status.FEATURES_OK:
             raise InactiveFeature(f"the device refused the features {self.negotiated:#x}")
         ops.set_mem_table(self.memory)
-        for index, queue in enumerate(self.queues):
-            start = GUEST_ADDR + index * self._ring_room
-            ops.set_vring_num(index, self.queue_size)
+        for queue in self.queues:
+            index, place = queue.index, self._places[queue.index]
+            start, layout = place.addr, place.layout
+            ops.set_vring_num(index, queue.num)
             ops.set_vring_base(index, queue.base)
-            ops.set_vring_addr(
-                index, start + self._layout.desc, start + self._layout.avail, start + self._layout.used
-            )
+            ops.set_vring_addr(index, start + layout.desc, start + layout.avail, start + layout.used)
             ops.set_vring_call(index, queue.call_fd)
             ops.set_vring_kick(index, queue.kick_fd)
-            ops.set_vring_enable(index, True)
+        self._fill()
+        for queue in self.queues:
+            ops.set_vring_enable(queue.index, True)
         ops.set_status(int(status | Status.DRIVER_OK))
+        # Not before DRIVER_OK (3.1.1). A ring without buffers of _fill() asks for none.
+        for queue in self.queues:
+            queue.kick()
 
     def restart(self, ops: VhostOps) -> None:
         """Go on with another session, after the back-end died: the rings are made anew. The device has
