@@ -8,6 +8,7 @@ virtual environment exists. Does not install (``tests/install_peers.py`` does) a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -64,7 +65,9 @@ def _qemu(program: str) -> Callable[[], str]:
 
 
 def _program(name: str) -> Callable[[], str]:
-    return lambda: "" if shutil.which(name) else f"{name} is not installed"
+    # root's programs too: it is the guest's root that runs those.
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    return lambda: "" if shutil.which(name, path=path) else f"{name} is not installed"
 
 
 def _file(path: Path) -> Callable[[], str]:
