@@ -6,6 +6,7 @@ from vhost.kernel.base import KernelVhost
 from vhost.kernel.iotlb import Access, IotlbMessage, IotlbType
 from vhost.kernel.net import VhostNet
 from vhost.kernel.scsi import VhostScsi
+from vhost.kernel.tap import Tap
 from vhost.kernel.vdpa import VhostVdpa
 from vhost.kernel.vduse import VduseBackend
 from vhost.kernel.vsock import VhostVsock
@@ -15,6 +16,7 @@ __all__ = [
     "IotlbMessage",
     "IotlbType",
     "KernelVhost",
+    "Tap",
     "VduseBackend",
     "VhostNet",
     "VhostScsi",
