@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import harness
 
-SUITES = ("ring", "session", "block")
+SUITES = ("ring", "session", "block", "kernel")
 
 
 def main(argv: list[str]) -> int:

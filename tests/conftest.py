@@ -3,11 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import fds
+
+NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOTES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[NOTES]:
+        terminalreporter.section("notes")
+    for line in config.stash[NOTES]:
+        terminalreporter.line(line)
+
+
+@pytest.fixture
+def note(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Say something at the end of the run, whatever came of the test."""
+    return pytestconfig.stash[NOTES].append
 
 
 @pytest.fixture

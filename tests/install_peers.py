@@ -9,13 +9,13 @@
 Without root it installs what it can and names the packages that are missing; it then ends with 0,
 unless CI=true.
 
-Quick when all is there. Programs come from ``apt-get install`` and so need root; the guest kernel
-and libblkio are only downloaded and unpacked below ``.cache/`` (or ``PYVHOST_CACHE``), which any
-user may do. Debian 12 has too old a QEMU and no libblkio: those come from bookworm-backports and
-trixie, through apt lists of our own below the cache with those suites at priority 50, so that the
-machine's own apt configuration stays as it is.
+Quick when all is there. Programs come from ``apt-get install`` and so need root; the guests' kernels,
+kernel headers and libblkio are only downloaded and unpacked below ``.cache/`` (or ``PYVHOST_CACHE``),
+which any user may do. What this release lacks comes from other suites, through apt lists of our own
+below the cache with those suites at priority 50, so that the machine's own apt configuration stays as
+it is: on Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
 
-Knows apt. Does not know what the tests do with the programs. Standard library only.
+Knows which package each peer is in. Does not know what the tests do with the programs. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers.apt import Apt, codename, run, say
-from peers.catalogue import CONTRIB_BLK, LIBBLKIO, PEERS
+from peers.catalogue import BUILD_PACKAGES, BUILD_PROGRAMS, CONTRIB_BLK, KERNEL_HEADERS, LIBBLKIO, PEERS
 from peers.kernel_install import install_kernel
-from peers.kernels import CACHE, CLOUD, KERNELS, REPOSITORY, Kernel
+from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
 
 # The suites that a release lacks something from: (QEMU, libblkio). None: its own is fine.
 EXTRA_SUITES = {"bookworm": ("bookworm-backports", "trixie")}
 
 
-def install_libblkio(apt: Apt, suite: str) -> None:
-    say("libblkio: download and unpack")
-    shutil.rmtree(LIBBLKIO, ignore_errors=True)
-    apt.unpack(PEERS["libblkio"].packages, suite, LIBBLKIO)
-    (LIBBLKIO / "complete").write_text("\n")
+def unpack(apt: Apt, name: str, suite: str, into: Path) -> None:
+    """The packages of a peer that is used from where it is unpacked."""
+    say(f"{name}: download and unpack")
+    shutil.rmtree(into, ignore_errors=True)
+    apt.unpack(PEERS[name].packages, suite, into)
+    (into / "complete").write_text("\n")
 
 
 def install_contrib_blk(apt: Apt, suite: str) -> None:
@@ -114,7 +115,8 @@ def main() -> int:
     release = codename()
     qemu_suite, blkio_suite = EXTRA_SUITES.get(release, (release, release))
     kernels = [kernel for name, kernel in _kernels().items() if name in todo]
-    apt = Apt(CACHE / "apt", dict.fromkeys((qemu_suite, blkio_suite, *(kernel.suite for kernel in kernels))))
+    suites = (qemu_suite, blkio_suite, NEWEST_SUITE, *(kernel.suite for kernel in kernels))
+    apt = Apt(CACHE / "apt", dict.fromkeys(suites))
     if os.geteuid() == 0:
         qemu = [package for name in ("qemu", "qsd") if name in todo for package in PEERS[name].packages]
         tools = [
@@ -125,6 +127,8 @@ def main() -> int:
         ]
         if kernels:
             tools += ["lz4", "zstd"]  # images are packed with them
+        if any(kernel.builds for kernel in kernels):
+            tools += BUILD_PACKAGES
         if "contrib-vhost-user-blk" in todo:
             tools += ["pkg-config", "libglib2.0-dev"]
         if tools:
@@ -134,9 +138,12 @@ def main() -> int:
             say(f"apt-get install -t {qemu_suite} {' '.join(qemu)}")
             apt("install", "-y", "--no-install-recommends", "-t", qemu_suite, *qemu)
     for kernel in kernels:
-        install_kernel(apt, kernel)
+        if not kernel.builds or all(map(shutil.which, BUILD_PROGRAMS)):
+            install_kernel(apt, kernel)
     if "libblkio" in todo:
-        install_libblkio(apt, blkio_suite)
+        unpack(apt, "libblkio", blkio_suite, LIBBLKIO)
+    if "kernel-headers" in todo:
+        unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
     if "contrib-vhost-user-blk" in todo:
         install_contrib_blk(apt, qemu_suite)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again

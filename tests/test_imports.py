@@ -30,7 +30,9 @@ RINGS = (
     "vhost.driver_queue",
 )
 PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
-ROLES = (*RINGS, *PROTOCOL, "vhost.user.transport", "vhost.ops", "vhost.user.rings", "vhost.devices.base")
+# What serves a device, whatever brings the requests.
+SERVING = ("vhost.devices.base", "vhost.devices.rings", "vhost.devices.session")
+ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
 # What a device and its driver both put on the wire: data, below either.
 WIRE = ("vhost.virtio_blk", "vhost.virtio_net")
 ANYTHING = ("vhost",)
@@ -56,6 +58,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.virtio_net": LOWEST,
     "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
     "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
+    "vhost.inprocess": (*RINGS, *SERVING, "vhost.ops"),
+    "vhost.kernel.vduse": (*RINGS, *SERVING, "vhost.kernel"),
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
     "vhost.probe": (*ROLES, *WIRE, "vhost.user"),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vhost import devices, drivers
+from vhost import devices, drivers, kernel
 from vhost.chain import Chain
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
@@ -18,6 +18,7 @@ from vhost.errors import (
     VhostError,
 )
 from vhost.features import DeviceId, ProtocolF, Status, VirtioF
+from vhost.inprocess import InProcess
 from vhost.memory import GuestMemory, Region
 from vhost.ops import VhostOps
 from vhost.user.backend import Backend
@@ -34,6 +35,7 @@ __all__ = [
     "DriverQueue",
     "Frontend",
     "GuestMemory",
+    "InProcess",
     "InvalidGuestMemory",
     "InvalidQueue",
     "IoctlError",
@@ -48,5 +50,6 @@ __all__ = [
     "VirtioF",
     "devices",
     "drivers",
+    "kernel",
     "serve",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from guest.report import FACILITY
 from peers.kernels import FACILITIES, KERNELS, NODES, Kernel
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("kernel"):
         for facility in mark.args:
+            item.user_properties.append((FACILITY, facility))
             for node in NODES[facility]:
                 if not Path(node).exists():
                     pytest.fail(f"{facility} is promised, but {node} is not there", pytrace=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_vdpa_drivers_wait_for_devices() -> None:
         "vhost_vdpa",
         "virtio_vdpa",
     ]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("vduse", marks=pytest.mark.kernel("vduse")),
+        pytest.param("vdpasim_net", marks=pytest.mark.kernel("vdpa_sim")),
+        pytest.param("vdpasim_blk", marks=pytest.mark.kernel("vdpa_sim")),
+    ],
+)
+def test_vdpa_management_device(device: str) -> None:
+    shown = subprocess.run(["vdpa", "mgmtdev", "show", device], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"{device}:")
 
 
 def test_every_facility_has_modules() -> None:

@@ -8,6 +8,7 @@ virtual environment exists. Does not install (``tests/install_peers.py`` does) a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,13 @@ from pathlib import Path
 from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
+KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
+
+# For modules that Debian's kernels lack.
+BUILD_PROGRAMS = ("gcc", "make", "strip")
+BUILD_PACKAGES = ("gcc", "make", "binutils")
 
 # reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
 QEMU_MINIMUM = (9, 2)
@@ -59,7 +65,9 @@ def _qemu(program: str) -> Callable[[], str]:
 
 
 def _program(name: str) -> Callable[[], str]:
-    return lambda: "" if shutil.which(name) else f"{name} is not installed"
+    # root's programs too: it is the guest's root that runs those.
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    return lambda: "" if shutil.which(name, path=path) else f"{name} is not installed"
 
 
 def _file(path: Path) -> Callable[[], str]:
@@ -76,8 +84,8 @@ def static_busybox() -> str:
 
 
 def _kernel(kernel: Kernel) -> Peer:
-    package = f"{kernel.package} of {kernel.suite}"
-    return Peer(f"kernel-{kernel.name}", (package,), kernel.missing)
+    build = BUILD_PACKAGES if kernel.builds else ()
+    return Peer(f"kernel-{kernel.name}", (f"{kernel.package} of {kernel.suite}", *build), kernel.missing)
 
 
 PEERS: dict[str, Peer] = {
@@ -91,6 +99,7 @@ PEERS: dict[str, Peer] = {
         Peer("kernel", (CLOUD.package,), CLOUD.missing),
         *(_kernel(kernel) for kernel in KERNELS.values()),
         Peer("iproute2", ("iproute2",), _program("vdpa")),
+        Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
     )

@@ -11,10 +11,27 @@ import pytest
 
 from guest.image import build_initramfs
 from guest.machine import Guest
+from guest.report import Report
 from peers import programs
 from peers.support import require
 
 Boot = Callable[..., Guest]
+
+# What tests/kernel did on each kernel, for the end of the session.
+KERNEL_REPORTS: pytest.StashKey[list[Report]] = pytest.StashKey()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash.setdefault(KERNEL_REPORTS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = config.stash.get(KERNEL_REPORTS, [])
+    if reports:
+        terminalreporter.section("kernels")
+    for report in reports:
+        for line in report.lines():
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,11 @@ class Kernel:
         return tuple(module for name in self.facilities for module in FACILITIES[name])
 
     @property
+    def builds(self) -> bool:
+        """Modules of it are built from source."""
+        return "vdpa_sim" in self.facilities
+
+    @property
     def image(self) -> Path:
         """What QEMU boots fastest: the ELF image by PVH if there is one, else the bzImage."""
         vmlinux = self.folder / "vmlinux"
@@ -77,7 +82,7 @@ class Kernel:
         complete = self.folder / "complete"
         if not complete.exists():
             return f"{complete} is not there"
-        if complete.read_text().split()[-1] != self.recipe:
+        if self.recipe not in complete.read_text().split():
             return f"{self.folder} was unpacked for another list of modules"
         return ""
 
@@ -96,6 +101,9 @@ CLOUD = Kernel(
     ("virtio_pci", "virtio_blk", "virtio_rng"),
 )
 
+# Whose kernel and kernel headers are the newest that a Debian release offers.
+NEWEST_SUITE = "trixie-backports"
+
 # Have vhost, and run the tests below tests/kernel. 6.1 is before vDPA came to Debian; 6.12 has version 0
 # of VDUSE's API, the newest has version 1.
 _VHOST = ("net", "vsock", "scsi")
@@ -103,7 +111,7 @@ KERNELS: dict[str, Kernel] = {
     name: Kernel(name, suite, "linux-image-amd64", CACHE / "kernels" / name, BOOT, facilities)
     for name, suite, facilities in (
         ("6.1", "bookworm", _VHOST),
-        ("6.12", "bookworm-backports", (*_VHOST, "vdpa", "vduse")),
-        ("newest", "trixie-backports", (*_VHOST, "vdpa", "vduse")),
+        ("6.12", "bookworm-backports", (*_VHOST, "vdpa", "vduse", "vdpa_sim")),
+        ("newest", NEWEST_SUITE, (*_VHOST, "vdpa", "vduse")),
     )
 }

@@ -19,7 +19,7 @@ from typing import ClassVar
 from vhost._ring import ring_areas
 from vhost.dirty_log import DirtyLog
 from vhost.errors import InvalidLogAddress, InvalidQueue, IoctlError, UnsupportedRequest
-from vhost.features import BackendF, Status, VhostF, VirtioF
+from vhost.features import BackendF, Status, VhostF, VirtioF, VringF
 from vhost.kernel import ioctls as k
 from vhost.kernel.iotlb import Access, IotlbMessage, IotlbType
 from vhost.memory import GuestMemory
@@ -59,8 +59,9 @@ class KernelVhost(VhostOps):
     #: The node, and the module that makes it.
     path: ClassVar[str] = ""
     module: ClassVar[str] = ""
-    #: What a driver calls the device in messages.
+    #: What the device is called, in messages and in the table of ioctls.
     kind: ClassVar[str] = ""
+    node: ClassVar[k.Node]
     #: Rings of one descriptor.
     rings_per_fd: ClassVar[int] = 2
 
@@ -81,7 +82,10 @@ class KernelVhost(VhostOps):
         self._began = False
         self._status = 0
         self._nums: dict[int, int] = {}
+        self._areas: dict[int, tuple[tuple[int, int, int], int]] = {}
+        """Where each ring is as the kernel was told, and the guest address of its used area."""
         self._log: DirtyLog | None = None
+        self._logs = False
         self._listens = False
         self._epoll = select.epoll()
         try:
@@ -131,7 +135,14 @@ class KernelVhost(VhostOps):
         self._began = True
         self._agree_on_backend_features()
 
+    @property
+    def has_backend_features(self) -> bool:
+        """Does the kernel have an IOTLB for this kind of device?"""
+        return self.node in k.GET_BACKEND_FEATURES.devices
+
     def _agree_on_backend_features(self) -> None:
+        if not self.has_backend_features:
+            return
         offered = int(k.GET_BACKEND_FEATURES(self.fd))
         self.set_backend_features(offered & int(BackendF.IOTLB_MSG_V2 | BackendF.IOTLB_BATCH))
 
@@ -199,7 +210,7 @@ class KernelVhost(VhostOps):
     # -- memory ------------------------------------------------------------------------------------
 
     def set_mem_table(self, memory: GuestMemory) -> None:
-        if self._log is not None:
+        if self._logs and self._log is not None:
             self._check_log(self._log, memory)
         for fd in self.fds:
             k.SET_MEM_TABLE(fd, memory)
@@ -215,14 +226,24 @@ class KernelVhost(VhostOps):
     def set_vring_addr(
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
     ) -> None:
-        fd, ring = self._at(index)
+        self._at(index)
         if not self._translates:
             name = f"{self.name} ring {index}"
             if index not in self._nums:
                 raise InvalidQueue(f"{name}: its size comes before its addresses")
             packed = bool(self.features & _PACKED)
-            desc, avail, used = ring_areas(name, self.memory, self._nums[index], packed, desc, avail, used)
-        k.SET_VRING_ADDR(fd, ring, desc, avail, used, log=log, flags=flags)
+            areas = ring_areas(name, self.memory, self._nums[index], packed, desc, avail, used)
+        else:
+            areas = desc, avail, used
+        self._areas[index] = areas, used
+        if self._logs:
+            log, flags = used, flags | VringF.LOG
+        self._set_areas(index, log, flags)
+
+    def _set_areas(self, index: int, log: int, flags: int) -> None:
+        fd, ring = self._at(index)
+        areas, _ = self._areas[index]
+        k.SET_VRING_ADDR(fd, ring, *areas, log=log, flags=flags)
 
     @property
     def _translates(self) -> bool:
@@ -275,8 +296,8 @@ class KernelVhost(VhostOps):
     # -- dirty log ---------------------------------------------------------------------------------
 
     def set_log_base(self, log: DirtyLog) -> None:
-        """Where to mark pages that the device writes, once LOG_ALL is acknowledged; it has to cover all
-        of the memory table."""
+        """Where to mark pages that the device writes, from LOG_ALL on. It has to cover the memory table, and
+        stays mapped until ``close()``: the kernel cannot be told to forget it."""
         self._check_log(log, self.memory)
         for fd in self.fds:
             k.SET_LOG_BASE(fd, log.addr)
@@ -288,16 +309,19 @@ class KernelVhost(VhostOps):
             k.SET_LOG_FD(device, -1 if fd is None else fd)
 
     def start_log(self, log: DirtyLog) -> None:
-        """Log from now on what the device writes into buffers. A ring's own used area is logged if
-        ``set_vring_addr`` says so (``flags=VringF.LOG``)."""
+        """Log from now on what the device writes: buffers, and the used areas of the rings."""
         self.set_log_base(log)
-        for fd in self.fds:
-            k.SET_FEATURES(fd, self._kernel_features(self.features) | _LOG_ALL)
+        self._switch_log(True)
 
     def stop_log(self) -> None:
+        self._switch_log(False)
+
+    def _switch_log(self, on: bool) -> None:
         for fd in self.fds:
-            k.SET_FEATURES(fd, self._kernel_features(self.features))
-        self._log = None
+            k.SET_FEATURES(fd, self._kernel_features(self.features) | (_LOG_ALL if on else 0))
+        for index, (_, used) in self._areas.items():
+            self._set_areas(index, used if on else 0, VringF.LOG if on else 0)
+        self._logs = on
 
     def _kernel_features(self, features: int) -> int:
         """Of what a driver acknowledged, that which the kernel is to know."""
@@ -375,6 +399,7 @@ class KernelVhost(VhostOps):
         self._epoll.close()
         for fd in fds:
             os.close(fd)
+        self.memory, self._log = GuestMemory(), None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

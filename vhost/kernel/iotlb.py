@@ -34,7 +34,8 @@ class Access(IntFlag):
 
 NO_ACCESS = Access(0)
 _HINTS = {
-    EFAULT: "not in this process's memory, or the kernel's device does not know this message",
+    EFAULT: "something is mapped there already, or the user address is none of this process, or the device"
+    " does not know this message",
     EINVAL: "out of the device's IOVA range, or no such address space",
     EEXIST: "something is mapped there already",
     E2BIG: "too many mappings",

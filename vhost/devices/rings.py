@@ -1,49 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""One ring of a back-end's session: what the front-end said of it, and whether it runs.
+"""One ring of a device's session: what the driver's side said of it, and whether it runs.
 
-vhost-user, "Ring states": a ring is stopped or started, and apart from that disabled or enabled. Here
-it starts as soon as its size, addresses, memory and kick are known, which is before the first kick
-proper: work that lies in a ring which was restarted may never be kicked for. Knows no messages and no
-event loop; owns the ring's descriptors.
+A ring is stopped or started, and apart from that disabled or enabled (vhost-user, "Ring states"). It can
+start as soon as its size, addresses and kick are known, which is before the first kick proper: work that
+lies in a ring which was restarted may never be kicked for. Knows no transport and no event loop; owns the
+ring's descriptors.
 """
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
 from vhost.memory import GuestMemory
-from vhost.user.payloads import VringAddr
 from vhost.virtqueue import DeviceQueue
 
 
 def check_event_fd(fd: int) -> None:
-    """Anything but an eventfd could block us, or worse. (The specification's pipes are for systems that
-    have no eventfds.) It is left in the mode that it has: the front-end waits on the same open file."""
+    """Anything but an eventfd could block us, or worse. (vhost-user's pipes are for systems that have no
+    eventfds.) It is left in the mode that it has: the other side waits on the same open file."""
     link = os.readlink(f"/proc/self/fd/{fd}")
     if link != "anon_inode:[eventfd]":
         raise IncorrectFds(f"{link} is no eventfd")
 
 
-class Ring:
-    """The state of one virtqueue."""
+class Areas(NamedTuple):
+    """Where a ring's areas are, in the addresses that the transport speaks in."""
 
-    def __init__(self, index: int, name: str) -> None:
+    desc: int
+    avail: int
+    used: int
+
+
+class Ring:
+    """The state of one virtqueue. ``user_addresses``: its areas are given as addresses in the front-end's
+    process; otherwise as guest addresses."""
+
+    def __init__(self, index: int, name: str, *, user_addresses: bool) -> None:
         self.index = index
         self.name = name
+        self.user_addresses = user_addresses
         self.num = 0
-        self.addr: VringAddr | None = None
+        self.areas: Areas | None = None
         self.base: int | None = None
-        """What SET_VRING_BASE said since the ring stopped last."""
+        """Where to start, if somebody said so since the ring stopped last (SET_VRING_BASE)."""
         self.left: int | None = None
         """Where it stopped. If neither is known, the ring's used index says where to start."""
         self.enabled = False
         self.kick_known = False
-        """SET_VRING_KICK came; kick -1 then means that the device is to poll."""
+        """A kick was given; -1 then means that the device is to poll."""
         self.kick = -1
         self.call = -1
         self.err = -1
+        self.call_vq: int | None = None
+        """With it, ``call`` is a VDUSE device, and the ring has this number there."""
         self.queue: DeviceQueue | None = None
         """There while the ring is started."""
         self.by_device = False
@@ -68,18 +80,22 @@ class Ring:
     def position(self) -> int | None:
         return self.left if self.base is None else self.base
 
-    def place(self, addr: VringAddr) -> None:
+    def place(self, areas: Areas) -> None:
         """The ring is here. A front-end that says so and gives no base, as old ones do, may have made a
         new ring: where the one before it stopped means nothing then."""
-        self.addr = addr
+        self.areas = areas
         self.left = None
 
+    def forget_position(self) -> None:
+        """The driver makes new rings, where nothing was ever used."""
+        self.base = self.left = None
+
     def can_start(self) -> bool:
-        return self.queue is None and self.kick_known and self.num > 0 and self.addr is not None
+        return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
     def start(self, memory: GuestMemory, features: int) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what the front-end said of the ring is no ring."""
-        assert self.addr is not None
+        """Make the queue; InvalidQueue if what was said of the ring is no ring."""
+        assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
         if base is not None and not packed:
@@ -87,30 +103,38 @@ class Ring:
         self.queue = DeviceQueue(
             memory,
             self.num,
-            self.addr.desc,
-            self.addr.avail,
-            self.addr.used,
+            *self.areas,
             packed=packed,
             indirect=bool(features & int(VirtioF.RING_INDIRECT_DESC)),
             event_idx=bool(features & int(VirtioF.RING_EVENT_IDX)),
             in_order=bool(features & int(VirtioF.IN_ORDER)),
             base=base,
-            user_addresses=True,
+            user_addresses=self.user_addresses,
             kick=self.kick,
             call=self.call,
+            call_vq=self.call_vq,
             err=self.err,
             index=self.index,
             name=f"{self.name}[{self.index}]",
         )
         return self.queue
 
-    def stop(self) -> int | None:
-        """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
+    def renew(self, memory: GuestMemory, features: int) -> DeviceQueue:
+        """Go on with a new queue where the old one stands, also if that is broken."""
+        assert self.queue is not None
+        self._let_go_of_queue()
+        return self.start(memory, features)
+
+    def _let_go_of_queue(self) -> None:
         if self.queue is not None:
             self.left = self.queue.base
             self.base = None
             self.queue.close()
             self.queue = None
+
+    def stop(self) -> int | None:
+        """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
+        self._let_go_of_queue()
         self.by_device = False
         self.set_fd("kick", -1)
         self.kick_known = False
@@ -134,4 +158,4 @@ class Ring:
     def reset(self) -> None:
         """Back to the initial state."""
         self.close()
-        self.__init__(self.index, self.name)  # type: ignore[misc]
+        self.__init__(self.index, self.name, user_addresses=self.user_addresses)  # type: ignore[misc]

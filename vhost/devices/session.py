@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""DeviceSession: one session of a Device, whatever brings its requests.
+
+What vhost-user, VDUSE and a driver in the same process have in common: features, memory and rings, in the
+words of vhost; kicks that become ``device.handle(queue)``; what happens when a ring, its memory or the
+device breaks. It owns no thread and no loop: ``fileno()`` is readable when ``step()`` has something to do,
+and ``step()`` never blocks. Knows no messages; what a ring is, is in rings.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import select
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from vhost.device_queue import DeviceQueue
+from vhost.devices.base import Device
+from vhost.devices.rings import Areas, Ring
+from vhost.errors import (
+    DeviceBusy,
+    Disconnected,
+    InvalidGuestMemory,
+    InvalidMessage,
+    InvalidQueue,
+    QueueBroken,
+    VhostError,
+)
+from vhost.features import VirtioF, feature_names
+from vhost.memory import GuestMemory
+
+log = logging.getLogger("vhost.backend")
+
+LOUD_COMPLAINTS = 10
+"""How many refused messages and broken rings of a session are warned of."""
+PACKED_START = 0x8000_8000
+"""Both positions of a new packed ring, each with its wrap counter."""
+
+# A plain integer: an operation on an IntFlag costs as much as a system call.
+_RING_PACKED = int(VirtioF.RING_PACKED)
+
+
+class DeviceSession(ABC):
+    """A session that serves ``device``. ``user_addresses``: rings are placed by addresses in the
+    front-end's process."""
+
+    def __init__(self, device: Device, *, user_addresses: bool) -> None:
+        self.device = device
+        self.no_memory = GuestMemory()
+        self.memory = self.no_memory
+        self.rings = [
+            Ring(i, device.queue_name(i), user_addresses=user_addresses) for i in range(device.num_queues)
+        ]
+        self.features = 0
+        """What the driver acknowledged."""
+        self.status = 0
+        self.error: Exception | None = None
+        """Why the session ended; None while it runs, and after a close by either side."""
+        self.closed = False
+        self._claimed = False
+        self._events: list[int] = []
+        # Whoever wakes us must not write to a descriptor that is somebody else's by now.
+        self._events_lock = threading.Lock()
+        self._watches_busy = False
+        self._complaints = 0
+        self._kicks: dict[int, Ring] = {}
+        self._config_changed = False
+        self._epoll = select.epoll()
+        try:
+            self._wakeup = self._eventfd(0)
+            # Always readable, and only watched while a ring without a kick has to be polled.
+            self._busy = self._eventfd(1)
+            self._epoll.register(self._wakeup, select.EPOLLIN)
+            if device.notice >= 0:
+                self._epoll.register(device.notice, select.EPOLLIN | select.EPOLLET)
+        except BaseException:
+            self._close_events()
+            raise
+
+    def _eventfd(self, value: int) -> int:
+        self._events.append(os.eventfd(value, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        return self._events[-1]
+
+    def _close_events(self) -> None:
+        self._epoll.close()
+        with self._events_lock:
+            events, self._events = self._events, []
+            for fd in events:
+                os.close(fd)
+
+    # -- what a transport adds ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _happened(self, fd: int, events: int) -> None:
+        """A descriptor that the transport put into ``_epoll`` has something."""
+
+    @abstractmethod
+    def _tell_config_change(self) -> None:
+        """Tell the driver's side that the configuration space changed."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """The session is over, its rings are stopped: close what the transport has."""
+
+    def _memory_lost(self) -> None:
+        """A file behind the memory was truncated."""
+        raise InvalidGuestMemory("the front-end truncated the file behind its memory")
+
+    def _ring_broken(self, ring: Ring, why: str) -> None:
+        """The ring stays as it is: nothing more is processed on it."""
+        self._complain("ring broken", why)
+
+    def offered_features(self) -> int:
+        return self.device.offered_features()
+
+    # -- from any thread ---------------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """Tell the driver's side, with the next step, that the configuration space changed."""
+        self._config_changed = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make ``fileno()`` readable, and have the next step look at rings and memory."""
+        with self._events_lock:
+            if self._events:
+                with contextlib.suppress(BlockingIOError):  # full: it is awake
+                    os.eventfd_write(self._wakeup, 1)
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def step(self) -> bool:
+        """Do what there is to do now. False once the session is over, see ``error``."""
+        if self.closed:
+            return False
+        try:
+            for fd, events in self._epoll.poll(0):
+                if fd in self._kicks:
+                    self._kicked(self._kicks[fd])
+                elif fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
+                    self._woken()
+                elif fd == self.device.notice:
+                    self._woken()
+                elif fd == self._busy:
+                    for ring in self.rings:
+                        if ring.polled:
+                            self._serve(ring)
+                else:
+                    self._happened(fd, events)
+        except Disconnected:
+            self.close()
+        except VhostError as error:
+            self._fail(error)
+        except Exception as error:
+            # A handler of the device, or a bug of ours: this session ends, the others live.
+            log.exception("session of %s ends", type(self.device).__name__)
+            self._fail(error)
+        return not self.closed
+
+    def _fail(self, error: Exception) -> None:
+        log.warning("session of %s ends: %s", type(self.device).__name__, str(error))
+        # Without the frames that it passed, which would keep the driver's memory mapped.
+        self.error = error.with_traceback(None)
+        self.close()
+
+    def _complain(self, what: str, why: object) -> None:
+        """Neither a peer nor its guest may fill anybody's log."""
+        self._complaints += 1
+        level = logging.WARNING if self._complaints <= LOUD_COMPLAINTS else logging.INFO
+        log.log(level, "%s: %s", what, str(why))
+
+    def _woken(self) -> None:
+        if self._config_changed:
+            self._config_changed = False
+            self._tell_config_change()
+        for ring in self.rings:
+            if ring.queue is not None and ring.queue.broken:
+                self._ring_broken(ring, ring.queue.broken)
+        self._check_memory()
+
+    def _kicked(self, ring: Ring) -> None:
+        # Edge-triggered: an eventfd needs no reading, and so nobody can make us wait for one.
+        if ring.enabled:
+            self._serve(ring)
+        elif ring.queue is not None:
+            self.device.handle_disabled(ring.queue)
+
+    def _serve(self, ring: Ring) -> None:
+        if ring.queue is None:
+            return
+        if not ring.queue.broken:  # which it also is when its memory broke while it was made
+            try:
+                self.device.handle(ring.queue)
+            except QueueBroken as error:
+                self._ring_broken(ring, str(error))
+        self._check_memory()
+        self._update_polling()
+
+    def _check_memory(self) -> None:
+        if self.memory.broken:
+            self._memory_lost()
+
+    # -- the device --------------------------------------------------------------------------------
+
+    def must_be_ours(self, what: str) -> None:
+        """Another session's driver has the device: what changes the device is for that one to say."""
+        if self.device.is_busy(self) and not self.device.share:
+            raise DeviceBusy(f"{what}: another session runs this device's rings")
+
+    def acknowledge(self, features: int, what: str) -> None:
+        """The driver wants these, of those that are offered."""
+        foreign = features & ~self.offered_features()
+        if foreign:
+            names = " ".join(feature_names(foreign))
+            raise InvalidMessage(f"features {foreign:#x} ({names}) were not offered", request=what)
+        if features != self.features:
+            for ring in self.rings:
+                ring.must_be_stopped(f"{what} with other features")
+        self.features = features
+
+    def change_status(self, status: int, what: str) -> None:
+        """The driver set the device status; 0 stops the rings, and resets the device."""
+        if not 0 <= status <= 0xFF:
+            raise InvalidMessage(f"status {status:#x}, limit 0xff", request=what)
+        self.must_be_ours(what)
+        self.status = status
+        if status:
+            self.device.set_status(status)
+        else:
+            self.stop_all_rings()
+            for ring in self.rings:
+                ring.forget_position()
+            self.device.reset()
+
+    def reset(self, what: str) -> None:
+        """As if nothing had ever been said of the rings."""
+        self.must_be_ours(what)
+        self.stop_all_rings()
+        for ring in self.rings:
+            ring.reset()
+        self.status = 0
+        self.device.reset()
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Drivers ask for the structure that they know, which may be longer than ours."""
+        return self.device.config[offset : offset + size].ljust(size, b"\0")
+
+    def write_config(self, offset: int, data: bytes, what: str) -> None:
+        self.must_be_ours(what)
+        self.device.write_config(offset, data)
+
+    def check_config_range(self, offset: int, end: int, what: str) -> None:
+        size = len(self.device.config)
+        if end > size:
+            raise InvalidMessage(f"bytes {offset} to {end} of a configuration space of {size}", request=what)
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def replace_memory(self, memory: GuestMemory) -> None:
+        """Rings that run go on with it; InvalidGuestMemory, and nothing changes, if one cannot."""
+        with self.paused(*self.rings):
+            moved: list[DeviceQueue] = []
+            for ring in self.rings:
+                if ring.queue is None:
+                    continue
+                try:
+                    ring.queue.set_memory(memory)
+                except InvalidQueue as error:
+                    for queue in moved:
+                        queue.set_memory(self.memory)
+                    raise InvalidGuestMemory(f"a live ring would lose its memory: {error}") from error
+                moved.append(ring.queue)
+            self.memory = memory
+
+    # -- rings -------------------------------------------------------------------------------------
+
+    def ring_at(self, index: int | None, what: str) -> Ring:
+        if index is None or not 0 <= index < len(self.rings):
+            raise InvalidMessage(f"ring {index}, must be below {len(self.rings)}", request=what)
+        return self.rings[index]
+
+    def size_ring(self, ring: Ring, num: int, what: str) -> None:
+        ring.must_be_stopped(what)
+        if not 0 < num <= self.device.max_queue_size:
+            raise InvalidMessage(
+                f"ring {ring.index}: size {num}, must be 1 to {self.device.max_queue_size}", request=what
+            )
+        ring.num = num
+        self.start_if_ready(ring)
+
+    def place_ring(self, ring: Ring, areas: Areas, what: str) -> None:
+        if ring.started and ring.areas is not None:
+            # QEMU repeats it to switch the dirty log; moving a live ring is another matter.
+            if areas != ring.areas:
+                ring.must_be_stopped(what)
+            return
+        ring.place(areas)
+        self.start_if_ready(ring)
+
+    def give_event(self, ring: Ring, kind: str, take: Callable[[], int | None]) -> None:
+        """The ring's "kick", "call" or "err". ``take`` gives a descriptor that is the ring's from then on,
+        None if there is none; it is called when nothing uses the one before."""
+        with self.paused(ring):
+            fd = take()
+            ring.set_fd(kind, -1 if fd is None else fd)
+        if kind == "kick":
+            ring.kick_known = True
+            self.start_if_ready(ring)
+
+    def enable_ring(self, ring: Ring, enabled: bool) -> None:
+        if enabled == ring.enabled:
+            return
+        with self.paused(ring):
+            ring.enabled = enabled
+
+    def start_if_ready(self, ring: Ring) -> None:
+        if not ring.can_start():
+            return
+        if not self._claimed:
+            self.device.claim(self)
+            self._claimed = True
+            negotiated = self._device_features()
+            if self.device.is_busy(self):
+                # A shared device can rely on what all of its drivers know: one without FLUSH needs
+                # writes to be stable, whatever the others do.
+                negotiated &= self.device.negotiated
+            self.device.negotiated = negotiated
+        try:
+            ring.start(self.memory, self._ring_features())
+            self._run(ring)
+        except BaseException:
+            if ring.started:
+                self._pause(ring)
+            ring.stop()
+            self._release_if_idle()
+            raise
+
+    def _device_features(self) -> int:
+        """What was acknowledged, without the bits that are the transport's."""
+        return self.features
+
+    def _ring_features(self) -> int:
+        """What rings are made with."""
+        return self.features
+
+    def stop_ring(self, ring: Ring) -> int:
+        """Where a successor goes on."""
+        if ring.started:
+            self._pause(ring)
+        base = ring.stop()
+        if base is None:  # it never ran; for a packed ring 0 would be another place than that (2.8.1)
+            base = PACKED_START if self.features & _RING_PACKED else 0
+        self._release_if_idle()
+        return base
+
+    def stop_all_rings(self) -> None:
+        for ring in self.rings:
+            if ring.started:
+                self._pause(ring)
+                ring.stop()
+        self._release_if_idle()
+
+    def _release_if_idle(self) -> None:
+        if self._claimed and not any(ring.started for ring in self.rings):
+            self._claimed = False
+            self.device.release(self)
+
+    @contextlib.contextmanager
+    def paused(self, *rings: Ring) -> Iterator[None]:
+        """Nothing uses these rings' queues inside the block; those that ran go on after it."""
+        with contextlib.ExitStack() as resume:  # all of them, also if a handler fails in between
+            for ring in rings:
+                if ring.started:
+                    resume.callback(self._run, ring)
+                    self._pause(ring)
+            yield
+
+    def _run(self, ring: Ring) -> None:
+        """The ring is started, or may go on after a pause: process it."""
+        assert ring.queue is not None
+        ring.by_device = ring.enabled and self.device.start_queue(ring.queue)
+        if not ring.by_device:
+            self._watch_kick(ring)
+            if ring.enabled:
+                self._serve(ring)
+        self._update_polling()
+
+    def _pause(self, ring: Ring) -> None:
+        """Return when nothing uses the ring's queue any more."""
+        assert ring.queue is not None
+        self._unwatch_kick(ring)
+        if ring.enabled:
+            self.device.stop_queue(ring.queue)
+        ring.by_device = False
+
+    def _watch_kick(self, ring: Ring) -> None:
+        if ring.kick >= 0 and ring.kick not in self._kicks:
+            self._epoll.register(ring.kick, select.EPOLLIN | select.EPOLLET)
+            self._kicks[ring.kick] = ring
+
+    def _unwatch_kick(self, ring: Ring) -> None:
+        if self._kicks.pop(ring.kick, None) is not None:
+            self._epoll.unregister(ring.kick)
+
+    def _update_polling(self) -> None:
+        wanted = any(ring.polled for ring in self.rings)
+        if wanted and not self._watches_busy:
+            self._epoll.register(self._busy, select.EPOLLIN)
+        elif self._watches_busy and not wanted:
+            self._epoll.unregister(self._busy)
+        self._watches_busy = wanted
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the session: rings are stopped, everything of the driver's is let go. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.device.detach(self)
+        for ring in self.rings:
+            if ring.started:
+                self._call_device(functools.partial(self._pause, ring))
+            ring.close()
+        self._call_device(self._release_if_idle)
+        self.memory = self.no_memory
+        self._let_go()
+        self._close_events()
+
+    def _call_device(self, call: Callable[[], None]) -> None:
+        """A hook that fails must neither keep anything of this session nor end the others."""
+        try:
+            call()
+        except Exception:
+            log.exception("%s: end of a session", type(self.device).__name__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
