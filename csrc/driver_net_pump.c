@@ -54,7 +54,7 @@ static int send_some(struct net_tx *tx, struct net_pump *p)
 	while (b.n < p->count && (to = net_tx_stage(tx, &b, NULL, p->len))) {
 		memcpy(to, p->frame, p->len);
 		if (p->seq_at >= 0)
-			put_seq(to + p->seq_at, p->seq + b.n);
+			put_seq(to + p->seq_at, p->seq + b.n - 1);
 	}
 	if (!b.n)
 		return 0;
