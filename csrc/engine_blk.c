@@ -51,7 +51,7 @@ static void publish(struct blk_queue *q)
 {
 	virtqueue_flush(q->vq);
 	if (virtqueue_should_notify(q->vq))
-		eventfd_signal(q->call); /* an error has no one to be told: the peer closed its end */
+		virtqueue_call(&q->call); /* an error has no one to be told: the peer closed its end */
 }
 
 /* Runs chains that were popped. False: one was no request; those before it are staged. */
@@ -332,7 +332,7 @@ static int dup_fd(int fd, int *to)
 
 static void close_fds(struct blk_queue *q)
 {
-	int *fds[] = { &q->kick, &q->call };
+	int *fds[] = { &q->kick, &q->call.fd };
 	unsigned i;
 
 	for (i = 0; i < 2; i++) {
@@ -346,10 +346,11 @@ static int open_fds(struct blk_queue *q, const struct blk_queue_config *cfg)
 {
 	int rc;
 
-	q->kick = q->call = -1;
+	q->call = cfg->call;
+	q->kick = q->call.fd = -1;
 	rc = dup_fd(cfg->kick, &q->kick);
 	if (!rc)
-		rc = dup_fd(cfg->call, &q->call);
+		rc = dup_fd(cfg->call.fd, &q->call.fd);
 	if (rc)
 		close_fds(q);
 	return rc;

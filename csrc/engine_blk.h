@@ -15,6 +15,7 @@
 #include <sys/types.h>
 
 #include "blk_request.h"
+#include "call.h"
 #include "virtqueue.h"
 
 #define BLK_BATCH 32u	       /* chains taken with one look at the ring */
@@ -27,7 +28,8 @@ struct blk_queue {
 	const struct blk_disk *disk;
 	bool writethrough;
 	/* Our own descriptors: the owner may close or replace his while a worker runs. -1: none. */
-	int kick, call;
+	int kick;
+	struct virtqueue_call call;
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;
@@ -85,7 +87,8 @@ struct blk_queue_config {
 	struct virtqueue *vq;
 	const struct blk_disk *disk;
 	bool writethrough;
-	int kick, call;
+	int kick;
+	struct virtqueue_call call;
 };
 
 /*

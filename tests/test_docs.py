@@ -29,7 +29,8 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_entropy_source_and_frontend_of_the_readme(tmp_path: Path, image: Path) -> None:
-    entropy, client = examples("README.md")
+    entropy, client, nic = examples("README.md")
+    compile(nic, "README.md", "exec")  # run in a guest, by tests/kernel/test_docs.py
     assert len(entropy.strip().splitlines()) <= 15
     path = tmp_path / "rng.sock"
     server = subprocess.Popen([sys.executable, "-c", entropy.replace("/tmp/rng.sock", str(path))])

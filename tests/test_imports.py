@@ -57,6 +57,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.virtio_blk": LOWEST,
     "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
     "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
+    "vhost.inprocess": (*RINGS, *SERVING, "vhost.ops"),
+    "vhost.kernel.vduse": (*RINGS, *SERVING, "vhost.kernel"),
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
     "vhost.probe": (*ROLES, *WIRE, "vhost.user"),

@@ -18,6 +18,7 @@ from vhost.errors import (
     VhostError,
 )
 from vhost.features import DeviceId, ProtocolF, Status, VirtioF
+from vhost.inprocess import InProcess
 from vhost.memory import GuestMemory, Region
 from vhost.ops import VhostOps
 from vhost.user.backend import Backend
@@ -34,6 +35,7 @@ __all__ = [
     "DriverQueue",
     "Frontend",
     "GuestMemory",
+    "InProcess",
     "InvalidGuestMemory",
     "InvalidQueue",
     "IoctlError",

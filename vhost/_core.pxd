@@ -47,6 +47,15 @@ cdef extern from "eventfd.h" nogil:
     int eventfd_signal(int)
 
 
+cdef extern from "call.h" nogil:
+    struct virtqueue_call:
+        int fd
+        bint vduse
+        uint32_t vq
+
+    int call_driver "virtqueue_call" (const virtqueue_call *)
+
+
 cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
@@ -91,6 +100,7 @@ cdef extern from "vring.h" nogil:
 cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
+        VQ_ADDRESS
 
     const char *virtqueue_fault_text(virtqueue_fault)
 
@@ -216,7 +226,7 @@ cdef extern from "engine_blk.h" nogil:
         const blk_disk *disk
         bint writethrough
         int kick
-        int call
+        virtqueue_call call
 
     int blk_engine_init(blk_engine *, unsigned int, const char *, const int *)
     void blk_engine_destroy(blk_engine *)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from vhost._core cimport virtqueue_areas, virtqueue_fault_report
+from vhost._core cimport virtqueue_areas, virtqueue_call, virtqueue_fault_report
 from vhost.memory cimport GuestMemory
 
 
@@ -12,3 +12,4 @@ cdef int find_areas(
 ) except -1
 cdef str fault_reason(const virtqueue_fault_report *report)
 cdef int signal(int fd) except -1
+cdef int tell(const virtqueue_call *call) except -1

@@ -15,10 +15,12 @@ from vhost._core cimport (
     VRING_SPLIT_AVAIL_ALIGN,
     VRING_SPLIT_NUM_MAX,
     VRING_SPLIT_USED_ALIGN,
+    call_driver,
     eventfd_signal,
     guest_memory_area,
     guest_memory_user_area,
     virtqueue_areas,
+    virtqueue_call,
     virtqueue_fault_report,
     virtqueue_fault_text,
     vring_desc_size,
@@ -118,4 +120,14 @@ cdef int signal(int fd) except -1:
         rc = eventfd_signal(fd)
     if rc:
         raise OSError(-rc, f"eventfd {fd}: {os.strerror(-rc)}")
+    return 0
+
+
+cdef int tell(const virtqueue_call *call) except -1:
+    cdef int rc
+    with nogil:
+        rc = call_driver(call)
+    if rc:
+        kind = f"VDUSE interrupt of ring {call.vq}, descriptor" if call.vduse else "eventfd"
+        raise OSError(-rc, f"{kind} {call.fd}: {os.strerror(-rc)}")
     return 0

@@ -18,6 +18,7 @@ import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhost.errors import VhostError
@@ -77,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=run_serve)
 
     probe = commands.add_parser("probe", help="show what a back-end offers")
-    probe.add_argument("socket", metavar="SOCKET")
+    probe.add_argument(
+        "socket", metavar="SOCKET", help="of a vhost-user back-end, or a node such as /dev/vhost-net"
+    )
     probe.add_argument("--json", action="store_true", help="as JSON")
     probe.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default 5")
     probe.set_defaults(run=run_probe)
@@ -187,10 +190,16 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_probe(args: argparse.Namespace) -> int:
+    from vhost.kernel.probe import format_node, probe_node
     from vhost.probe import format_report, probe
 
-    report = probe(args.socket, timeout=args.timeout)
-    print(json.dumps(report, indent=2) if args.json else format_report(report))
+    if Path(args.socket).is_char_device():
+        report = probe_node(args.socket)
+        text = format_node(report)
+    else:
+        report = probe(args.socket, timeout=args.timeout)
+        text = format_report(report)
+    print(json.dumps(report, indent=2) if args.json else text)
     return 0
 
 

@@ -2,7 +2,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhost._core cimport virtqueue, vring_used
+from vhost._core cimport virtqueue, virtqueue_call, vring_used
 from vhost.chain cimport Chain
 from vhost.memory cimport GuestMemory
 
@@ -16,7 +16,7 @@ cdef class DeviceQueue:
     cdef readonly uint32_t index
     cdef readonly bint closed
     cdef public int kick
-    cdef public int call
+    cdef virtqueue_call to_driver  # `call`, and `call_vq` if there is one
     cdef public int err
     cdef uint32_t most  # chains that one drain serves
     cdef uint64_t[3] addrs

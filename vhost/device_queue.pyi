@@ -43,18 +43,23 @@ class DeviceQueue:
         user_addresses: bool = False,
         kick: int = -1,
         call: int = -1,
+        call_vq: int | None = None,
         err: int = -1,
         index: int = 0,
         name: str = "queue",
     ) -> None:
         """``packed``: ``avail`` is the driver's and ``used`` the device's event suppression area.
 
-        ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none).
+        ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none). With ``call_vq``,
+        ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
+        of it.
         ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
         """
 
     @property
     def index(self) -> int: ...
+    @property
+    def call_vq(self) -> int | None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -112,6 +117,11 @@ class DeviceQueue:
     @property
     def broken(self) -> str | None:
         """Why nothing more is processed, or None."""
+
+    @property
+    def missed(self) -> bool:
+        """It is broken because an address is not in memory. With memory where it is, a new queue from
+        ``base`` on would find the chain again."""
 
     def mark_broken(self, reason: str) -> None:
         """For a device that got a chain which is no request and cannot even be answered."""

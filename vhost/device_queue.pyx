@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from vhost._core cimport *
-from vhost._ring cimport check_num, fault_reason, find_areas, signal
+from vhost._ring cimport check_num, fault_reason, find_areas, signal, tell
 from vhost.chain cimport Chain, chain_start
 from vhost.memory cimport GuestMemory, memory_broken
 
@@ -56,6 +56,7 @@ cdef class DeviceQueue:
         bint user_addresses=False,
         int kick=-1,
         int call=-1,
+        call_vq=None,
         int err=-1,
         uint32_t index=0,
         str name not None="queue",
@@ -68,7 +69,9 @@ cdef class DeviceQueue:
         self.name = name
         self.index = index
         self.kick = kick
-        self.call = call
+        self.to_driver.fd = call
+        self.to_driver.vduse = call_vq is not None
+        self.to_driver.vq = call_vq or 0
         self.err = err
         self.most = BUDGET
         self.addrs[0] = desc
@@ -148,6 +151,18 @@ cdef class DeviceQueue:
     @property
     def in_flight(self):
         return self.vq.inuse
+
+    @property
+    def call(self):
+        return self.to_driver.fd
+
+    @call.setter
+    def call(self, int fd):
+        self.to_driver.fd = fd
+
+    @property
+    def call_vq(self):
+        return self.to_driver.vq if self.to_driver.vduse else None
 
     @property
     def budget(self):
@@ -344,7 +359,7 @@ cdef class DeviceQueue:
     cdef int tell_driver(self) except -1:
         if not virtqueue_should_notify(&self.vq):
             return 0
-        signal(self.call)
+        tell(&self.to_driver)
         return 1
 
     # ------------------------------------------------------------------ kicks
@@ -391,6 +406,10 @@ cdef class DeviceQueue:
     def broken(self):
         self.look_broken()
         return self.reason
+
+    @property
+    def missed(self):
+        return self.vq.report.fault == VQ_ADDRESS
 
     def mark_broken(self, str reason not None):
         if self.reason is None:

@@ -19,7 +19,8 @@ cdef class Region:
     cdef int sigbus_handle
     cdef int is_broken  # written by the SIGBUS handler
 
-    cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page) except -1
+    cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page, int sharing) except -1
+    cdef int watch(self) except -1
 
 
 cdef class GuestMemory:

@@ -34,6 +34,11 @@ class Region:
     def from_fd(cls, fd: int, size: int, *, guest_addr: int, user_addr: int, mmap_offset: int = 0) -> Region:
         """Map a part of somebody's file. The caller keeps ``fd``, and may close it at once."""
 
+    @classmethod
+    def from_iotlb(cls, fd: int, size: int, *, iova: int, offset: int, writable: bool) -> Region:
+        """Map what the kernel says lies at ``iova``: a file of any kind, from ``offset`` on. The caller
+        keeps ``fd``, and may close it at once. Not ``writable``: what is written is seen by us alone."""
+
     @property
     def guest_addr(self) -> int: ...
     @property

@@ -23,7 +23,7 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EEXIST, ENOMEM, errno
 from libc.stdlib cimport free, malloc
-from posix.mman cimport MAP_FAILED, MAP_NORESERVE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
 from vhost._core cimport *
@@ -75,7 +75,7 @@ cdef class Region:
         self.sigbus_handle = -1
 
     def __init__(self):
-        raise TypeError("Region.allocate or Region.from_fd makes a region")
+        raise TypeError("Region.allocate, from_fd or from_iotlb makes a region")
 
     def __dealloc__(self):
         if self.sigbus_handle >= 0:
@@ -94,7 +94,7 @@ cdef class Region:
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self.map_fd(self.fd, size, 0, _mmap.PAGESIZE)
+        self.map_fd(self.fd, size, 0, _mmap.PAGESIZE, MAP_SHARED)
         if user_addr is None:
             user_addr = <uint64_t>self.host
         check_range("user address", user_addr, size)
@@ -118,22 +118,39 @@ cdef class Region:
             raise InvalidGuestMemory(
                 f"mmap offset {mmap_offset:#x}, size {size:#x}: the file has only {status.st_size:#x} bytes"
             )
-        self.map_fd(fd, size, mmap_offset, mapping_unit(fd))
+        self.map_fd(fd, size, mmap_offset, mapping_unit(fd), MAP_SHARED)
         self.mmap_offset = mmap_offset
         self.guest_addr = guest_addr
         self.user_addr = user_addr
+        self.watch()
+        return self
+
+    @classmethod
+    def from_iotlb(cls, int fd, size, *, iova, offset, bint writable):
+        cdef Region self = Region.__new__(Region)
+        check_range("IOVA", iova, size)
+        check_range("file offset", offset, size)
+        # The kernel says what it mapped, and its files need not say their size. Where the driver lets the
+        # device only read, a device that is made to write does so to a copy of its own.
+        self.map_fd(fd, size, offset, mapping_unit(fd), MAP_SHARED if writable else MAP_PRIVATE)
+        self.mmap_offset = offset
+        self.guest_addr = self.user_addr = iova
+        self.watch()
+        return self
+
+    cdef int watch(self) except -1:
         # Seals do not make a peer's file safe: one of huge pages that do not exist cannot shrink, and
         # every access to it faults.
         self.sigbus_handle = sigbus_register(self.map, self.map_size, &self.is_broken)
         if self.sigbus_handle < 0:
             raise OSError(-self.sigbus_handle, "cannot watch the mapping for SIGBUS")
-        return self
+        return 0
 
-    cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page) except -1:
+    cdef int map_fd(self, int fd, uint64_t size, uint64_t offset, uint64_t page, int sharing) except -1:
         cdef uint64_t slack = offset % page
         cdef uint64_t length = (slack + size + page - 1) // page * page
         cdef void *at = mmap(
-            NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, offset - slack
+            NULL, length, PROT_READ | PROT_WRITE, sharing | MAP_NORESERVE, fd, offset - slack
         )
         if at == MAP_FAILED:
             raise InvalidGuestMemory(

@@ -123,7 +123,7 @@ static void world_destroy(struct world *w)
 static void attach_with(struct world *w, unsigned i, int kick)
 {
 	struct lane *l = &w->lanes[i];
-	struct blk_queue_config cfg = { &l->vq, &w->disk, false, kick, l->call };
+	struct blk_queue_config cfg = { &l->vq, &w->disk, false, kick, { .fd = l->call } };
 
 	CHECK_EQ(blk_engine_attach(&w->engine, i % w->engine.nworkers, &l->bq, &cfg), 0);
 }
@@ -401,7 +401,7 @@ static void test_refused(void)
 	unsigned fds;
 
 	world_init(&w, false, false, 1);
-	cfg = (struct blk_queue_config){ &w.lanes[0].vq, &w.disk, false, w.disk.fd, -1 };
+	cfg = (struct blk_queue_config){ &w.lanes[0].vq, &w.disk, false, w.disk.fd, { .fd = -1 } };
 	fds = open_fds();
 	CHECK_EQ(blk_engine_attach(&w.engine, 0, &w.lanes[0].bq, &cfg), -EPERM);
 	CHECK_EQ(open_fds(), fds);

@@ -109,7 +109,7 @@ cdef class Engine:
         cfg.disk = &disk.c
         cfg.writethrough = writethrough
         cfg.kick = queue.kick
-        cfg.call = queue.call
+        cfg.call = queue.to_driver
         with nogil:
             rc = blk_engine_attach(&self.c, worker, &one.c, &cfg)
         if rc:

@@ -54,6 +54,8 @@ class Ring:
         self.kick = -1
         self.call = -1
         self.err = -1
+        self.call_vq: int | None = None
+        """With it, ``call`` is a VDUSE device, and the ring has this number there."""
         self.queue: DeviceQueue | None = None
         """There while the ring is started."""
         self.by_device = False
@@ -110,19 +112,29 @@ class Ring:
             user_addresses=self.user_addresses,
             kick=self.kick,
             call=self.call,
+            call_vq=self.call_vq,
             err=self.err,
             index=self.index,
             name=f"{self.name}[{self.index}]",
         )
         return self.queue
 
-    def stop(self) -> int | None:
-        """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
+    def renew(self, memory: GuestMemory, features: int) -> DeviceQueue:
+        """Go on with a new queue where the old one stands, also if that is broken."""
+        assert self.queue is not None
+        self._let_go_of_queue()
+        return self.start(memory, features)
+
+    def _let_go_of_queue(self) -> None:
         if self.queue is not None:
             self.left = self.queue.base
             self.base = None
             self.queue.close()
             self.queue = None
+
+    def stop(self) -> int | None:
+        """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
+        self._let_go_of_queue()
         self.by_device = False
         self.set_fd("kick", -1)
         self.kick_known = False

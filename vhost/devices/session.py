@@ -336,7 +336,7 @@ class DeviceSession(ABC):
                 negotiated &= self.device.negotiated
             self.device.negotiated = negotiated
         try:
-            ring.start(self.memory, self.features)
+            ring.start(self.memory, self._ring_features())
             self._run(ring)
         except BaseException:
             if ring.started:
@@ -347,6 +347,10 @@ class DeviceSession(ABC):
 
     def _device_features(self) -> int:
         """What was acknowledged, without the bits that are the transport's."""
+        return self.features
+
+    def _ring_features(self) -> int:
+        """What rings are made with."""
         return self.features
 
     def stop_ring(self, ring: Ring) -> int:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The Linux kernel's own back-ends: vhost-net, vhost-vsock, vhost-scsi and vDPA, as VhostOps."""
+"""The Linux kernel's own back-ends (vhost-net, vhost-vsock, vhost-scsi and vDPA) as VhostOps, and VDUSE,
+which serves a device to the kernel."""
 
 from vhost.kernel.base import KernelVhost
 from vhost.kernel.iotlb import Access, IotlbMessage, IotlbType
 from vhost.kernel.net import VhostNet
 from vhost.kernel.scsi import VhostScsi
 from vhost.kernel.vdpa import VhostVdpa
+from vhost.kernel.vduse import VduseBackend
 from vhost.kernel.vsock import VhostVsock
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "IotlbMessage",
     "IotlbType",
     "KernelVhost",
+    "VduseBackend",
     "VhostNet",
     "VhostScsi",
     "VhostVdpa",

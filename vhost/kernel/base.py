@@ -135,8 +135,13 @@ class KernelVhost(VhostOps):
         self._began = True
         self._agree_on_backend_features()
 
+    @property
+    def has_backend_features(self) -> bool:
+        """Does the kernel have an IOTLB for this kind of device?"""
+        return self.node in k.GET_BACKEND_FEATURES.devices
+
     def _agree_on_backend_features(self) -> None:
-        if self.node not in k.GET_BACKEND_FEATURES.devices:
+        if not self.has_backend_features:
             return
         offered = int(k.GET_BACKEND_FEATURES(self.fd))
         self.set_backend_features(offered & int(BackendF.IOTLB_MSG_V2 | BackendF.IOTLB_BATCH))
