@@ -31,7 +31,7 @@ RINGS = (
 PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
 ROLES = (*RINGS, *PROTOCOL, "vhost.user.transport", "vhost.ops", "vhost.user.rings", "vhost.devices.base")
 # What a device and its driver both put on the wire: data, below either.
-WIRE = ("vhost.virtio_blk",)
+WIRE = ("vhost.virtio_blk", "vhost.virtio_vsock")
 ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
     "vhost.virtio_blk": LOWEST,
+    "vhost.virtio_vsock": LOWEST,
     "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
     "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
