@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/devices/*.pyx)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/*/*.pyx vhost/*/*.pxd)
 
 .PHONY: all demo test test-c test-asan test-tsan test-peers test-guest test-unit peers bench lint wheel clean system
 all: $(VENV)/built

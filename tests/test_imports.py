@@ -21,6 +21,7 @@ LOWEST = ("vhost.errors", "vhost.features")
 RINGS = (
     *LOWEST,
     "vhost._core",
+    "vhost.dirty_log",
     "vhost._ring",
     "vhost.memory",
     "vhost.virtqueue",
@@ -39,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost._core": (),
     "vhost._ring": RINGS,
     "vhost.memory": (*LOWEST, "vhost._core"),
+    "vhost.dirty_log": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.chain": RINGS,
     "vhost.device_queue": RINGS,
     "vhost.driver_queue": RINGS,

@@ -94,6 +94,17 @@ cdef int find_areas(
     return 0
 
 
+def ring_areas(str name not None, GuestMemory memory not None, int64_t num, bint packed, desc, avail, used):
+    cdef virtqueue_areas areas
+    cdef uint64_t[3] addrs
+    check_num(name, num, packed)
+    addrs[0] = desc
+    addrs[1] = avail
+    addrs[2] = used
+    find_areas(name, memory, num, packed, addrs, False, &areas)
+    return <uint64_t>areas.desc, <uint64_t>areas.avail, <uint64_t>areas.used
+
+
 cdef str fault_reason(const virtqueue_fault_report *report):
     text = virtqueue_fault_text(report.fault).decode()
     limit = f", limit {report.limit:#x}" if report.limit else ""

@@ -38,12 +38,15 @@ class InvalidLogAddress(VhostError):
 
 
 class IoctlError(VhostError, OSError):
-    """An ioctl that the kernel refused; ``errno`` and ``strerror`` as in OSError."""
+    """An ioctl, or the opening of a device node, that the kernel refused; ``errno`` and ``strerror`` as in
+    OSError. ``ioctl`` is its name, ``detail`` its argument in words, ``hint`` what the error means here."""
 
-    def __init__(self, errno: int, ioctl: str, detail: str = "") -> None:
-        self.ioctl = ioctl
+    def __init__(self, errno: int, ioctl: str, detail: str = "", hint: str = "") -> None:
         text = f"{ioctl}: {os.strerror(errno)}" + (f" ({detail})" if detail else "")
-        OSError.__init__(self, errno, text)
+        OSError.__init__(self, errno, f"{text}: {hint}" if hint else text)
+        self.ioctl = ioctl
+        self.detail = detail
+        self.hint = hint
 
 
 class DeviceBusy(VhostError):

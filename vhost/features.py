@@ -53,6 +53,21 @@ class VhostF(IntFlag):
 
 
 @_plain_complement
+class BackendF(IntFlag):
+    """What a kernel back-end's IOTLB and control interface can do (linux/vhost_types.h, where they are bit
+    numbers: VHOST_BACKEND_F_*)."""
+
+    IOTLB_MSG_V2 = 1 << 1
+    IOTLB_BATCH = 1 << 2
+    IOTLB_ASID = 1 << 3
+    SUSPEND = 1 << 4
+    RESUME = 1 << 5
+    ENABLE_AFTER_DRIVER_OK = 1 << 6
+    DESC_ASID = 1 << 7
+    IOTLB_PERSIST = 1 << 8
+
+
+@_plain_complement
 class VringF(IntFlag):
     """Flags of SET_VRING_ADDR."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     from vhost.memory import GuestMemory
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class VhostOps(ABC):
     """One back-end. Requests return when the back-end has them; what it refuses raises VhostError."""
 
+    #: Features that have to do with how the device is reached, not with what it does: every driver
+    #: acknowledges those of them that are offered.
+    transport_features: ClassVar[int] = 0
     #: Called when the device's configuration space changed: from ``step()``, or at the end of the
     #: request during which the news came. It may make requests of its own.
     on_config_change: Callable[[], None] | None = None

@@ -79,7 +79,7 @@ class Driver:
         if packed and not offered & VirtioF.RING_PACKED:
             names = " ".join(feature_names(offered, self.names, VirtioF))
             raise InactiveFeature(f"the device offers no packed rings (RING_PACKED), only {names}")
-        wanted = int(VirtioF.VERSION_1 | RING_FEATURES) | self.features
+        wanted = int(VirtioF.VERSION_1 | RING_FEATURES) | self.features | self.ops.transport_features
         if packed is False:
             wanted &= ~int(VirtioF.RING_PACKED)
         return offered & wanted & ~without

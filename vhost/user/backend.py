@@ -196,9 +196,7 @@ class Backend(Handlers):
         writes = self.transport.pending > 0
         if writes != self._writes:
             self._writes = writes
-            self._epoll.modify(
-                self.transport.fileno(), select.EPOLLIN | (select.EPOLLOUT if writes else 0)
-            )
+            self._epoll.modify(self.transport.fileno(), select.EPOLLIN | (select.EPOLLOUT if writes else 0))
 
     def _woken(self) -> None:
         if self._config_changed:

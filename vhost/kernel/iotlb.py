@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Messages of the kernel's IOTLB: read from and written to a vhost device's descriptor.
+
+Knows their fields (struct vhost_msg and vhost_msg_v2), and nothing of who sends them why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from errno import E2BIG, EEXIST, EFAULT, EINVAL, ENOMEM, ENOSPC
+from typing import Self
+
+from vhost.errors import IoctlError
+from vhost.kernel._ioctl import iotlb_read, iotlb_write
+
+
+class IotlbType(IntEnum):
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
+    BATCH_BEGIN = 5
+    BATCH_END = 6
+
+
+class Access(IntFlag):
+    """What a device may do with a mapping."""
+
+    RO = 1
+    WO = 2
+    RW = 3
+
+
+NO_ACCESS = Access(0)
+_HINTS = {
+    EFAULT: "not in this process's memory, or the kernel's device does not know this message",
+    EINVAL: "out of the device's IOVA range, or no such address space",
+    EEXIST: "something is mapped there already",
+    E2BIG: "too many mappings",
+    ENOSPC: "too many mappings",
+    ENOMEM: "more memory than this process may lock (ulimit -l)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbMessage:
+    """``user_addr`` is an address in this process; ``asid`` the address space, where there are several."""
+
+    type: IotlbType
+    iova: int = 0
+    size: int = 0
+    user_addr: int = 0
+    access: Access = NO_ACCESS
+    asid: int = 0
+
+    def write(self, fd: int, *, v2: bool, name: str) -> None:
+        """IoctlError if the kernel refuses it."""
+        if self.asid and not v2:
+            raise ValueError(f"address space {self.asid}: needs the backend feature IOTLB_MSG_V2")
+        failed = iotlb_write(
+            fd,
+            v2=v2,
+            asid=self.asid,
+            type=self.type,
+            iova=self.iova,
+            size=self.size,
+            uaddr=self.user_addr,
+            perm=self.access,
+        )
+        if failed:
+            detail = f"IOVA {self.iova:#x}, size {self.size:#x}, user address {self.user_addr:#x}"
+            detail += f", address space {self.asid}" if self.asid else ""
+            raise IoctlError(failed, f"{name}: IOTLB {self.type.name}", detail, _HINTS.get(failed, ""))
+
+    @classmethod
+    def read(cls, fd: int) -> Self | None:
+        """The next message; None if there is none now."""
+        found = iotlb_read(fd)
+        if found is None:
+            return None
+        kind, asid, iova, size, user_addr, perm = found
+        return cls(IotlbType(kind), iova, size, user_addr, Access(perm), asid)
