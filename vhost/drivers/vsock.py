@@ -70,6 +70,8 @@ class Vsock(VsockRings):
         timeout: float | None = 30.0,
         without: int | None = None,
     ) -> None:
+        if not 0 < buf_alloc < 1 << 32:
+            raise ValueError(f"buf_alloc {buf_alloc:#x}: must be 1 to 0xffffffff")
         if guest_cid is not None and not is_guest_cid(guest_cid):
             raise ValueError(f"guest_cid {guest_cid:#x} is reserved, none of a guest (VIRTIO 5.10.4)")
         self.timeout = timeout

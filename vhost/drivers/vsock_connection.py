@@ -92,8 +92,6 @@ class Connection:
         request: bool = True,
         peer_buf_alloc: int = 0,
     ) -> None:
-        if not 0 < buf_alloc <= _M32:
-            raise ValueError(f"buf_alloc {buf_alloc:#x}: must be 1 to 32 bits' worth")
         self.local, self.remote, self.kind = local, remote, int(kind)
         self.state = State.CONNECTING if request else State.ESTABLISHED
         self.error: VhostError | None = None
