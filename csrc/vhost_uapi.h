@@ -128,10 +128,14 @@ struct vduse_iotlb_entry {
 	uint8_t perm; /* VHOST_ACCESS_* */
 };
 
-struct vduse_iotlb_entry_v2 {
-	struct vduse_iotlb_entry v1;
+struct vduse_iotlb_entry_v2 { /* begins as the one above */
+	uint64_t offset;
+	uint64_t start;
+	uint64_t last;
+	uint8_t perm;
+	uint8_t padding[7];
 	uint32_t asid;
-	uint32_t reserved[12];
+	uint32_t reserved[11];
 };
 
 struct vduse_config_data {
@@ -332,6 +336,17 @@ enum {
 	VHOST_VRING_F_LOG = 0,
 	VHOST_F_LOG_ALL = 26,
 	VHOST_NET_F_VIRTIO_NET_HDR = 27, /* vhost-net adds and strips the header itself */
+};
+
+enum {
+	VHOST_BACKEND_F_IOTLB_MSG_V2 = 1,
+	VHOST_BACKEND_F_IOTLB_BATCH = 2,
+	VHOST_BACKEND_F_IOTLB_ASID = 3,
+	VHOST_BACKEND_F_SUSPEND = 4,
+	VHOST_BACKEND_F_RESUME = 5,
+	VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK = 6,
+	VHOST_BACKEND_F_DESC_ASID = 7,
+	VHOST_BACKEND_F_IOTLB_PERSIST = 8,
 };
 
 enum { VHOST_VRING_LITTLE_ENDIAN = 0, VHOST_VRING_BIG_ENDIAN = 1 };

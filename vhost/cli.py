@@ -18,7 +18,7 @@ import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhost.errors import VhostError
 
@@ -31,6 +31,7 @@ CAPABILITIES = {
     "rng": {"type": "rng"},
 }
 
+IOCTL_COLUMNS = ("type", "nr", "name", "direction", "size", "devices", "feature", "doc")
 MESSAGE_COLUMNS = ("id", "name", "sender", "request", "reply", "fds", "feature", "live", "doc")
 """What fits a terminal; --json has all of a row."""
 
@@ -84,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
     messages = commands.add_parser("messages", help="show the table of vhost-user messages")
     messages.add_argument("--json", action="store_true", help="as JSON")
     messages.set_defaults(run=run_messages)
+
+    ioctls = commands.add_parser("ioctls", help="show the table of the kernel's vhost, vDPA and VDUSE ioctls")
+    ioctls.add_argument("--json", action="store_true", help="as JSON")
+    ioctls.set_defaults(run=run_ioctls)
 
     demo = commands.add_parser("demo", help="serve a disk and drive it from another process, no VM needed")
     demo.add_argument("--size", type=size, default=64 << 20, metavar="BYTES", help="disk size (default 64M)")
@@ -190,25 +195,34 @@ def run_probe(args: argparse.Namespace) -> int:
 
 
 def run_messages(args: argparse.Namespace) -> int:
-    from vhost.user.messages import BACKEND, FRONTEND
+    from vhost.user.messages import table_rows
 
-    rows = [row.as_dict() for row in (*FRONTEND.values(), *BACKEND.values())]
-    if args.json:
+    show_table(table_rows(), MESSAGE_COLUMNS, args.json)
+    return 0
+
+
+def run_ioctls(args: argparse.Namespace) -> int:
+    from vhost.kernel.ioctls import table_rows
+
+    show_table(table_rows(), IOCTL_COLUMNS, args.json)
+    return 0
+
+
+def show_table(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(rows, indent=2))
-        return 0
-    columns = MESSAGE_COLUMNS
+        return
     widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in columns[:-1]}
     for row in ({name: name for name in columns}, *rows):
         cells = [_cell(row[name]).ljust(widths[name]) for name in columns[:-1]]
         print("  ".join([*cells, _cell(row[columns[-1]])]).rstrip())
-    return 0
 
 
 def _cell(value: object) -> str:
     """For the eye: yes or nothing, and features without the prefix that all of them have."""
     if isinstance(value, bool):
         return "yes" if value else ""
-    return str(value).removeprefix("VHOST_USER_").removeprefix("PROTOCOL_F_")
+    return str(value).removeprefix("VHOST_USER_").removeprefix("PROTOCOL_F_").removeprefix("VHOST_BACKEND_F_")
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The guest's initramfs: busybox, the kernel's virtio modules, our init and small C programs.
+"""The guest's initramfs: busybox, the kernel's boot modules, our init and small C programs.
 
 Knows what goes into the archive. Does not know QEMU.
 """
@@ -10,12 +10,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from peers.catalogue import BUSYBOX, KERNEL
+from peers.catalogue import BUSYBOX
+from peers.kernels import CLOUD, Kernel
 
 HERE = Path(__file__).resolve().parent
 
 
-def build_initramfs(target: Path, programs: list[Path], *, init: Path = HERE / "init") -> Path:
+def build_initramfs(
+    target: Path, programs: list[Path], *, kernel: Kernel = CLOUD, init: Path = HERE / "init"
+) -> Path:
     """An uncompressed newc archive: reading it is cheaper for TCG than unpacking it."""
     root = target.with_suffix(".root")
     for folder in ("bin", "modules"):
@@ -25,9 +28,10 @@ def build_initramfs(target: Path, programs: list[Path], *, init: Path = HERE / "
         shutil.copy(program, root / "bin" / program.name)
     shutil.copy(init, root / "init")
     (root / "init").chmod(0o755)
-    shutil.copy(KERNEL / "order", root / "modules" / "order")
-    for module in (KERNEL / "modules").glob("*.ko"):
+    modules = kernel.modules("boot")
+    for module in modules:
         shutil.copy(module, root / "modules" / module.name)
+    (root / "modules" / "order").write_text("".join(f"{module.stem}\n" for module in modules))
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
     with target.open("wb") as archive:
         subprocess.run(

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """A Linux guest under QEMU: boots on vhost-user sockets, runs shell commands, resets, dies.
 
-Knows QEMU's command line and the command channel that ``guest/init`` serves. Does not know which
+Knows QEMU's vhost-user devices and the command channel that ``guest/init`` serves. Does not know which
 back-end is behind the sockets, nor pytest.
 """
 
 from __future__ import annotations
 
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from guest.qemu import Qemu
 from guest.qmp import Qmp
-from peers.catalogue import kernel_image
+from peers.kernels import CLOUD
 
 # Under TCG the tests are slow by nature; a deadline only has to tell slow from stuck.
 BOOT_SECONDS = 60.0
@@ -63,38 +63,14 @@ class Guest:
     def __init__(
         self, initramfs: Path, devices: Sequence[str], folder: Path, *, cpus: int = 1, memory_mib: int = 192
     ) -> None:
-        self._console = folder / "console.log"
-        self._stderr = folder / "qemu.log"
-        self._command, command = socket.socketpair()
-        monitor, qmp = socket.socketpair()
         self._input = b""
         self._number = 0
-        append = (
-            "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr random.trust_cpu=on "
-            "cryptomgr.notests rcupdate.rcu_expedited=1 8250.nr_uarts=2"
-        )
-        arguments = [
-            "qemu-system-x86_64",
-            *("-M", "q35,memory-backend=m0", "-accel", "tcg,thread=multi", "-cpu", "max"),
-            *("-object", f"memory-backend-memfd,id=m0,size={memory_mib}M,share=on"),
-            *("-m", f"{memory_mib}M", "-smp", str(cpus)),
-            *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
-            *("-kernel", str(kernel_image()), "-initrd", str(initramfs), "-append", append),
-            *("-chardev", f"file,id=console,path={self._console}", "-serial", "chardev:console"),
-            *("-chardev", f"socket,id=command,fd={command.fileno()}", "-serial", "chardev:command"),
-            *("-chardev", f"socket,id=monitor,fd={qmp.fileno()}", "-mon", "chardev=monitor,mode=control"),
-            *devices,
-        ]
-        with self._stderr.open("wb") as log:
-            self._process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(command.fileno(), qmp.fileno()),
+        monitor, qmp = socket.socketpair()
+        with qmp:
+            self._qemu = Qemu(
+                CLOUD, initramfs, devices, folder, cpus=cpus, memory_mib=memory_mib, monitor=qmp
             )
-        command.close()
-        qmp.close()
+        self._command = self._qemu.command
         self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
@@ -139,17 +115,10 @@ class Guest:
         self.qmp.command("set-action", {"reboot": "shutdown"})
 
     def log(self) -> str:
-        """The ends of the kernel's console and of QEMU's messages, for people."""
-        parts = []
-        for path in (self._console, self._stderr):
-            text = path.read_text(errors="replace") if path.exists() else ""
-            parts.append(f"--- {path.name}\n{text[-3000:]}")
-        return "\n".join(parts)
+        return self._qemu.log()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._command.close()
+        self._qemu.close()
         self._monitor.close()
 
     def __enter__(self) -> Guest:
@@ -185,7 +154,7 @@ class Guest:
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise self._failure(f"QEMU ended during {what!r}, exit code {self._process.wait()}")
+                raise self._failure(f"QEMU ended during {what!r}, exit code {self._qemu.process.wait()}")
             self._input += data
 
     def _failure(self, text: str) -> GuestError:

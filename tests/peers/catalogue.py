@@ -8,7 +8,6 @@ virtual environment exists. Does not install (``tests/install_peers.py`` does) a
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,10 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("PYVHOST_CACHE") or REPOSITORY / ".cache").resolve()
+from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 
-KERNEL = CACHE / "kernel"  # vmlinuz, modules/*.ko, and vmlinux when it could be unpacked
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
@@ -78,10 +75,9 @@ def static_busybox() -> str:
     return f"{BUSYBOX} is not static" if b"ld-linux" in head else ""
 
 
-def kernel_image() -> Path:
-    """What QEMU boots fastest: the ELF image by PVH if there is one, else the bzImage."""
-    vmlinux = KERNEL / "vmlinux"
-    return vmlinux if vmlinux.exists() else KERNEL / "vmlinuz"
+def _kernel(kernel: Kernel) -> Peer:
+    package = f"{kernel.package} of {kernel.suite}"
+    return Peer(f"kernel-{kernel.name}", (package,), kernel.missing)
 
 
 PEERS: dict[str, Peer] = {
@@ -92,7 +88,9 @@ PEERS: dict[str, Peer] = {
         Peer("busybox", ("busybox-static",), static_busybox),
         Peer("cpio", ("cpio",), _program("cpio")),
         Peer("gcc", ("gcc", "libc6-dev"), _program("gcc")),
-        Peer("kernel", ("linux-image-cloud-amd64",), _file(KERNEL / "complete")),
+        Peer("kernel", (CLOUD.package,), CLOUD.missing),
+        *(_kernel(kernel) for kernel in KERNELS.values()),
+        Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
     )

@@ -44,14 +44,11 @@ cdef extern from "vhost_uapi.h" nogil:
         uint32_t config_size
         uint8_t *config
 
-    struct vduse_iotlb_entry:
+    struct vduse_iotlb_entry_v2:
         uint64_t offset
         uint64_t start
         uint64_t last
         uint8_t perm
-
-    struct vduse_iotlb_entry_v2:
-        vduse_iotlb_entry v1
         uint32_t asid
 
     struct vduse_vq_config:
@@ -227,13 +224,13 @@ cdef class IotlbFd(Ioctl):
         cdef vduse_iotlb_entry_v2 arg
         cdef int file
         memset(&arg, 0, sizeof(arg))
-        arg.v1.start = start
-        arg.v1.last = last
+        arg.start = start
+        arg.last = last
         arg.asid = asid
         file = self.call(fd, &arg)
         if file < 0:
             self.fail(file, f"IOVA {start:#x} to {last:#x}, address space {asid}")
-        return file, arg.v1.offset, arg.v1.start, arg.v1.last, arg.v1.perm
+        return file, arg.offset, arg.start, arg.last, arg.perm
 
 
 cdef class Umem(Ioctl):
