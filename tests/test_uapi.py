@@ -97,7 +97,9 @@ def program() -> str:
     def show(name: str, expression: str, guard: str) -> None:
         there = f'printf("{name} %lu\\n", (unsigned long)({expression}));'
         if guard:
-            lines.extend([f"#if defined(OURS) || defined({guard})", there, "#else", f'puts("{name} -");', "#endif"])
+            lines.extend(
+                [f"#if defined(OURS) || defined({guard})", there, "#else", f'puts("{name} -");', "#endif"]
+            )
         else:
             lines.append(there)
 
@@ -164,7 +166,9 @@ def test_the_comparison_can_fail(ours: Facts, tmp_path: Path) -> None:
     fields = {f"vhost_scsi_target.{name}" for name in ("vhost_wwpn", "vhost_tpgt", "reserved")}
     ioctls = {"VHOST_SCSI_SET_ENDPOINT", "VHOST_SCSI_CLEAR_ENDPOINT"}
     assert {name for name in ours.values if bent.values[name] != ours.values[name]} == {
-        "vhost_scsi_target", *fields, *ioctls
+        "vhost_scsi_target",
+        *fields,
+        *ioctls,
     }
 
 

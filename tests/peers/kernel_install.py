@@ -16,6 +16,7 @@ from pathlib import Path
 
 from peers.apt import Apt, say
 from peers.kernels import Kernel
+from peers.vdpa_sim import build_vdpa_sim
 
 REAL_PACKAGE = r"linux-(image|binary|modules)-\d.*"  # since 7.x the image is split in three
 
@@ -86,26 +87,30 @@ def install_kernel(apt: Apt, kernel: Kernel) -> None:
     say(f"{' '.join(packages)}: download and unpack")
     staging = kernel.folder.with_name(f"{kernel.folder.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    apt.unpack(packages, kernel.suite, staging)
-    shutil.rmtree(kernel.folder, ignore_errors=True)
-    folder = kernel.folder / "modules"
-    folder.mkdir(parents=True)
-    image = next(staging.glob("boot/vmlinuz-*"), None) or next(staging.rglob("vmlinuz"))
-    shutil.copy(image, kernel.folder / "vmlinuz")
+    package, target = staging / "package", staging / "kernel"
+    for folder in (package, target / "modules"):
+        folder.mkdir(parents=True)
+    apt.unpack(packages, kernel.suite, package)
+    image = next(package.glob("boot/vmlinuz-*"), None) or next(package.rglob("vmlinuz"))
+    shutil.copy(image, target / "vmlinuz")
     vmlinux = extract_vmlinux(image.read_bytes())
     if vmlinux is not None:
-        (kernel.folder / "vmlinux").write_bytes(vmlinux)
+        (target / "vmlinux").write_bytes(vmlinux)
     (tree,) = (
-        staging.glob("lib/modules/*") if (staging / "lib").exists() else staging.glob("usr/lib/modules/*")
+        package.glob("lib/modules/*") if (package / "lib").exists() else package.glob("usr/lib/modules/*")
     )
+    if "vdpa_sim" in kernel.facilities:
+        build_vdpa_sim(apt, kernel.suite, tree.name, tree)
     modules = Modules(tree)
     boot = modules.ordered(kernel.boot)
     run = modules.ordered(kernel.run, boot)
     for name in (*boot, *run):
-        (folder / f"{name}.ko").write_bytes(modules.data(name))
-    (kernel.folder / "order.boot").write_text("".join(f"{name}\n" for name in boot))
-    (kernel.folder / "order.run").write_text("".join(f"{name}\n" for name in run))
-    (kernel.folder / "release").write_text(tree.name + "\n")
+        (target / "modules" / f"{name}.ko").write_bytes(modules.data(name))
+    (target / "order.boot").write_text("".join(f"{name}\n" for name in boot))
+    (target / "order.run").write_text("".join(f"{name}\n" for name in run))
+    (target / "release").write_text(tree.name + "\n")
+    (target / "complete").write_text(f"{packages[0]} {kernel.recipe}\n")
+    # All at once, for others who share the cache.
+    shutil.rmtree(kernel.folder, ignore_errors=True)
+    target.rename(kernel.folder)
     shutil.rmtree(staging)
-    (kernel.folder / "complete").write_text(f"{packages[0]} {kernel.recipe}\n")

@@ -77,7 +77,7 @@ class Kernel:
         complete = self.folder / "complete"
         if not complete.exists():
             return f"{complete} is not there"
-        if complete.read_text().split()[-1] != self.recipe:
+        if self.recipe not in complete.read_text().split():
             return f"{self.folder} was unpacked for another list of modules"
         return ""
 
@@ -103,7 +103,7 @@ KERNELS: dict[str, Kernel] = {
     name: Kernel(name, suite, "linux-image-amd64", CACHE / "kernels" / name, BOOT, facilities)
     for name, suite, facilities in (
         ("6.1", "bookworm", _VHOST),
-        ("6.12", "bookworm-backports", (*_VHOST, "vdpa", "vduse")),
+        ("6.12", "bookworm-backports", (*_VHOST, "vdpa", "vduse", "vdpa_sim")),
         ("newest", "trixie-backports", (*_VHOST, "vdpa", "vduse")),
     )
 }

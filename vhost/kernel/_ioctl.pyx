@@ -211,7 +211,7 @@ cdef class Scalar(Ioctl):
             arg.u64 = value
         else:
             bits = value
-            if not -(1 << (8 * self.bytes - 1)) <= bits < 1 << 8 * self.bytes:
+            if not -(<int64_t>1 << (8 * self.bytes - 1)) <= bits < <int64_t>1 << 8 * self.bytes:
                 raise OverflowError(f"{self.name}: {value:#x} does not fit {self.bytes} bytes")
             if self.bytes == 4:
                 arg.u32 = <uint32_t>bits

@@ -59,8 +59,9 @@ class KernelVhost(VhostOps):
     #: The node, and the module that makes it.
     path: ClassVar[str] = ""
     module: ClassVar[str] = ""
-    #: What a driver calls the device in messages.
+    #: What the device is called, in messages and in the table of ioctls.
     kind: ClassVar[str] = ""
+    node: ClassVar[k.Node]
     #: Rings of one descriptor.
     rings_per_fd: ClassVar[int] = 2
 
@@ -132,6 +133,8 @@ class KernelVhost(VhostOps):
         self._agree_on_backend_features()
 
     def _agree_on_backend_features(self) -> None:
+        if self.node not in k.GET_BACKEND_FEATURES.devices:
+            return
         offered = int(k.GET_BACKEND_FEATURES(self.fd))
         self.set_backend_features(offered & int(BackendF.IOTLB_MSG_V2 | BackendF.IOTLB_BATCH))
 
@@ -375,6 +378,7 @@ class KernelVhost(VhostOps):
         self._epoll.close()
         for fd in fds:
             os.close(fd)
+        self.memory, self._log = GuestMemory(), None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

@@ -10,7 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Flag, auto
-from errno import E2BIG, EADDRINUSE, EBUSY, EEXIST, EFAULT, EINVAL, ENOTSUP, ENOTTY, EPERM
+from errno import (
+    E2BIG,
+    EADDRINUSE,
+    EBUSY,
+    EEXIST,
+    EFAULT,
+    EINVAL,
+    ENODEV,
+    ENOTSOCK,
+    ENOTSUP,
+    ENOTTY,
+    EPERM,
+    EPFNOSUPPORT,
+    ESOCKTNOSUPPORT,
+)
 from typing import Any
 
 from vhost.kernel import _ioctl as k
@@ -28,6 +42,7 @@ class Node(Flag):
     VDUSE = auto()
 
     VHOST = NET | VSOCK | SCSI
+    IOTLB = NET | VSOCK | VDPA
     ANY = VHOST | VDPA
 
     def __str__(self) -> str:
@@ -67,10 +82,13 @@ SET_FEATURES_ARRAY = k.Features(
     errors=_also({ENOTSUP: "a feature that was not offered"}),
 )  # fmt: skip
 GET_BACKEND_FEATURES = k.Scalar(
-    "VHOST_GET_BACKEND_FEATURES", Node.ANY, "What the IOTLB and the control interface can do.", errors=_also()
+    "VHOST_GET_BACKEND_FEATURES",
+    Node.IOTLB,
+    "What the IOTLB and the control interface can do.",
+    errors=_also(),
 )
 SET_BACKEND_FEATURES = k.Scalar(
-    "VHOST_SET_BACKEND_FEATURES", Node.ANY, "Use these of them.",
+    "VHOST_SET_BACKEND_FEATURES", Node.IOTLB, "Use these of them.",
     errors=_also({ENOTSUP: "a backend feature that was not offered",
                   EINVAL: "one of these needs another one"}),
 )  # fmt: skip
@@ -159,16 +177,20 @@ GET_VRING_WORKER = k.VringState(
 
 # --------------------------------------------------------------------------- net, scsi, vsock
 
+_BACKEND = "neither a tap nor a packet socket"
 NET_SET_BACKEND = k.VringFile(
     "VHOST_NET_SET_BACKEND", Node.NET, "Run a ring on a tap or packet socket; -1: stop it.",
     errors=_also({EFAULT: "the ring is not set up: memory, size, address and base come before",
-                  ENOTSUP: "neither a tap nor a packet socket",
-                  EINVAL: "neither a tap nor a packet socket"}),
+                  ENOTSOCK: _BACKEND, ESOCKTNOSUPPORT: _BACKEND, EPFNOSUPPORT: _BACKEND, EINVAL: _BACKEND}),
 )  # fmt: skip
-_SCSI = {EEXIST: "the target is in use by another session", EFAULT: "the rings are not set up"}
+_SCSI = {
+    EEXIST: "this session, or another one, has the target already",
+    EFAULT: "the rings are not set up: memory, size, address and base come before",
+    ENODEV: "no such target that is free and has a nexus",
+}
 SCSI_SET_ENDPOINT = k.ScsiTarget(
     "VHOST_SCSI_SET_ENDPOINT", Node.SCSI, "Serve the target with this WWPN.",
-    errors=_also({**_SCSI, EINVAL: "no such target"}),
+    errors=_also(_SCSI),
 )  # fmt: skip
 SCSI_CLEAR_ENDPOINT = k.ScsiTarget(
     "VHOST_SCSI_CLEAR_ENDPOINT", Node.SCSI, "Stop serving it.",

@@ -50,6 +50,7 @@ class VhostNet(KernelVhost):
     path: ClassVar[str] = "/dev/vhost-net"
     module: ClassVar[str] = "vhost_net"
     kind: ClassVar[str] = "vhost-net"
+    node: ClassVar[k.Node] = k.Node.NET
 
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, queue_pairs: int = 1, owner: bool = True

@@ -17,6 +17,7 @@ class VhostScsi(KernelVhost):
     path: ClassVar[str] = "/dev/vhost-scsi"
     module: ClassVar[str] = "vhost_scsi"
     kind: ClassVar[str] = "vhost-scsi"
+    node: ClassVar[k.Node] = k.Node.SCSI
     rings_per_fd: ClassVar[int] = 128
     FIXED_RINGS: ClassVar[int] = 2
 

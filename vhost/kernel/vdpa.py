@@ -31,6 +31,7 @@ class VhostVdpa(KernelVhost):
 
     module: ClassVar[str] = "vhost_vdpa"
     kind: ClassVar[str] = "vhost-vdpa"
+    node: ClassVar[k.Node] = k.Node.VDPA
     transport_features: ClassVar[int] = int(VirtioF.ACCESS_PLATFORM)
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/vhost-vdpa-0", *, owner: bool = True) -> None:

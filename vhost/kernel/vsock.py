@@ -17,6 +17,7 @@ class VhostVsock(KernelVhost):
     path: ClassVar[str] = "/dev/vhost-vsock"
     module: ClassVar[str] = "vhost_vsock"
     kind: ClassVar[str] = "vhost-vsock"
+    node: ClassVar[k.Node] = k.Node.VSOCK
 
     def __init__(
         self,
