@@ -701,6 +701,18 @@ def test_a_message_goes_as_a_whole(no_leaks: None) -> None:
             stream.send(bytes(193))  # three slots
 
 
+def test_a_part_of_a_message_does_not_keep_the_rest_away(seq: tuple[Ends, Vsock]) -> None:
+    """The reader will wait for a message whose sender has no credit left: it has to hear of what there is."""
+    ops, vsock = seq
+    kind = {"type": SEQPACKET}
+    stream = connected(ops, vsock, kind=VsockType.SEQPACKET)
+    received(ops, vsock, there(RW, bytes(100), flags=1, **kind), there(RW, bytes(900), **kind))
+    assert len(stream.recv(1000)) == 100
+    assert ops.sent() == [here(CREDIT_UPDATE, fwd_cnt=100, **kind)]
+    received(ops, vsock, there(RW, bytes(100), flags=1, **kind))
+    assert len(stream.recv(1000)) == 1000
+
+
 def test_messages_of_nothing_do_not_pile_up(seq: tuple[Ends, Vsock]) -> None:
     ops, vsock = seq
     kind = {"type": SEQPACKET}

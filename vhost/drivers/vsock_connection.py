@@ -302,10 +302,10 @@ class Connection:
         self.fwd_cnt = (self.fwd_cnt + size) & _M32
         if self.state is not State.ESTABLISHED or self.peer_shut & _NO_SEND:
             return
-        # Often enough for a peer that is stopped by it, and not for every byte. A whole message may need
-        # the whole buffer, so that a peer that sends messages hears of it when the buffer is empty.
+        # Often enough for a peer that is stopped by it, and not for every byte. A message may need the whole
+        # buffer, of which a part may be in it: its sender hears of it before the reader waits for the rest.
         news = (self.fwd_cnt - self._announced) & _M32
-        if news >= (self.buf_alloc + 1) // 2 or (self.kind == VsockType.SEQPACKET and not self._buffer):
+        if news >= (self.buf_alloc + 1) // 2 or (self.kind == VsockType.SEQPACKET and not self._messages):
             self.wants |= 1 << _UPDATE
 
     def __str__(self) -> str:
