@@ -4,5 +4,6 @@
 from vhost.drivers.base import Driver
 from vhost.drivers.blk import Blk, BlkError
 from vhost.drivers.rng import Rng
+from vhost.drivers.vsock import Vsock
 
-__all__ = ["Blk", "BlkError", "Driver", "Rng"]
+__all__ = ["Blk", "BlkError", "Driver", "Rng", "Vsock"]
