@@ -73,6 +73,7 @@ setup(
             extension("vhost.kernel._ioctl"),
             extension("vhost.kernel._vduse"),
             extension("vhost.devices._blk_engine", "csrc/engine_blk.c", "csrc/blk_request.c"),
+            extension("vhost.drivers._net_queue", "csrc/driver_net.c", "csrc/driver_net_pump.c"),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},
     ),

@@ -80,6 +80,7 @@ static inline void driver_complete(struct driver_queue *dq, uint16_t id, uint32_
 
 	*token = slot->token;
 	*written = len < slot->in_len ? len : slot->in_len;
+	dq->claimed = len;
 	dq->num_free += slot->ndesc;
 	slot->ndesc = 0;
 	dq->event_armed = false;
@@ -104,7 +105,7 @@ static inline uint16_t driver_batch_next(struct driver_queue *dq, uint32_t *len)
 	uint32_t next = (uint32_t)id + dq->slots[id].ndesc;
 
 	dq->oldest = (uint16_t)(next < dq->num ? next : next - dq->num);
-	*len = UINT32_MAX;
+	*len = dq->slots[id].in_len;
 	if (id == dq->batch_last) {
 		*len = dq->batch_len;
 		dq->batch_open = false;

@@ -227,6 +227,8 @@ struct driver_queue {
 	bool event_armed;  /* event index says last_used, and was there before the last look */
 	uint32_t added;	   /* since the last kick_prepare; split chains, packed slots */
 	uint32_t num_free; /* descriptors */
+	uint32_t claimed;  /* bytes that the device said it wrote into the chain of the last get_buf; of one
+			    * that was skipped in order, what fits */
 	uint16_t free_head;
 	struct driver_slot *slots; /* num */
 	/* in_order: the oldest chain out, and the batch the device just acknowledged */

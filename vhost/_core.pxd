@@ -234,3 +234,76 @@ cdef extern from "engine_blk.h" nogil:
     int blk_engine_attach(blk_engine *, unsigned int, blk_queue *, const blk_queue_config *)
     void blk_engine_detach(blk_engine *, blk_queue *)
     int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)
+
+
+cdef extern from "driver_net.h" nogil:
+    enum:
+        NET_BURST
+        NET_ETH_HDR
+        NET_HDR_MAX
+        NET_SEQ
+        NET_SLOT_ALIGN
+        NET_HDR_F_NEEDS_CSUM
+
+    struct net_header:
+        uint8_t flags
+        uint8_t gso_type
+        uint16_t num_buffers
+
+    struct net_slots:
+        uint8_t *host
+        uint64_t addr
+        uint32_t size
+        uint32_t num
+
+    struct net_tx:
+        uint32_t nfree
+
+    struct net_out:
+        const void *data
+        uint32_t len
+        const net_header *header
+
+    int net_tx_init(net_tx *, driver_queue *, const net_slots *, uint32_t, int)
+    void net_tx_destroy(net_tx *)
+    uint32_t net_tx_longest(const net_tx *)
+    int net_tx_reap(net_tx *)
+    int net_tx_send(net_tx *, const net_out *, unsigned int)
+
+    enum net_fault:
+        NET_OK
+
+    const char *net_fault_text(net_fault)
+
+    struct net_rx:
+        net_fault fault
+        uint64_t value
+        uint64_t limit
+        bint pending
+        uint64_t dropped
+
+    struct net_in:
+        net_header header
+        uint32_t len
+
+    int net_rx_init(net_rx *, driver_queue *, const net_slots *, uint32_t, bint, int)
+    void net_rx_destroy(net_rx *)
+    int net_rx_fill(net_rx *)
+    int net_rx_take(net_rx *, net_in *, unsigned int)
+    void net_rx_copy(const net_rx *, const net_in *, uint8_t *)
+    int net_rx_release(net_rx *)
+    void net_finish_csum(uint8_t *, uint32_t, const net_header *)
+
+    struct net_pump:
+        const uint8_t *frame
+        uint32_t len
+        int64_t seq_at
+        uint64_t seq
+        uint64_t count
+        uint64_t frames
+        uint64_t lost
+        uint64_t repeated
+        uint64_t others
+
+    int net_tx_pump(net_tx *, net_pump *, int, int64_t)
+    int net_rx_pump(net_rx *, net_pump *, int, int64_t)
