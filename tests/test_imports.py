@@ -34,7 +34,7 @@ PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messa
 SERVING = ("vhost.devices.base", "vhost.devices.rings", "vhost.devices.session")
 ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
 # What a device and its driver both put on the wire: data, below either.
-WIRE = ("vhost.virtio_blk", "vhost.virtio_net")
+WIRE = ("vhost.virtio_blk", "vhost.virtio_net", "vhost.virtio_vsock")
 ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
@@ -56,6 +56,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.user": (*ROLES, "vhost.user"),
     "vhost.virtio_blk": LOWEST,
     "vhost.virtio_net": LOWEST,
+    "vhost.virtio_vsock": LOWEST,
     "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
     "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
     "vhost.inprocess": (*RINGS, *SERVING, "vhost.ops"),

@@ -13,11 +13,12 @@ import contextlib
 import json
 import logging
 import os
+import selectors
 import signal
 import socket
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice: every message")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="run a device as a vhost-user back-end")
+    serve = commands.add_parser(
+        "serve", help="run a device as a vhost-user back-end, or for this kernel by VDUSE"
+    )
     devices = serve.add_subparsers(dest="device", required=True, metavar="DEVICE")
     blk = devices.add_parser("blk", help="a disk on a file or block device")
     rng = devices.add_parser("rng", help="an entropy source")
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         where = device.add_mutually_exclusive_group()
         where.add_argument("--socket-path", metavar="PATH", help="listen on this Unix socket")
         where.add_argument("--fd", type=int, metavar="FDNUM", help="serve this inherited socket")
+        where.add_argument("--vduse", metavar="NAME", help="serve this kernel, as the VDUSE device NAME")
         device.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
     blk.add_argument("--blk-file", metavar="PATH", help="file or block device to serve")
     blk.add_argument("--null-size", type=size, metavar="BYTES", help="serve a null device instead")
@@ -153,14 +157,19 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.print_capabilities:
         print(json.dumps(CAPABILITIES[args.device], indent=2))
         return 0
-    if args.socket_path is None and args.fd is None:
-        raise SystemExit("vhost serve: one of --socket-path and --fd is needed")
+    if args.socket_path is None and args.fd is None and args.vduse is None:
+        raise SystemExit("vhost serve: one of --socket-path, --fd and --vduse is needed")
 
     from vhost.memory import install_sigbus_handler
-    from vhost.user.server import Server
 
     install_sigbus_handler()
     make = args.factory(args)
+    return serve_vduse(args, make()) if args.vduse else serve_vhost_user(args, make)
+
+
+def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> int:
+    from vhost.user.server import Server
+
     alive: weakref.WeakSet[Device] = weakref.WeakSet()
 
     def factory() -> Device:
@@ -178,15 +187,46 @@ def run_serve(args: argparse.Namespace) -> int:
         def signalled() -> None:
             if set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
                 server.close()
-            for device in list(alive):
-                try:
-                    device.refresh()
-                except OSError as error:
-                    print(f"vhost: {error}", file=sys.stderr, flush=True)
+            refresh(alive)
 
         server.add_reader(wakeup.fileno(), signalled)
         server.serve_forever()
     return 0
+
+
+def serve_vduse(args: argparse.Namespace, device: Device) -> int:
+    from vhost.kernel.vduse import VduseBackend
+
+    with wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup, contextlib.closing(device):
+        with VduseBackend(device, args.vduse) as backend, selectors.DefaultSelector() as selector:
+            selector.register(backend, selectors.EVENT_READ)
+            selector.register(wakeup, selectors.EVENT_READ)
+            todo = f"now `vdpa dev add name {args.vduse} mgmtdev vduse`"
+            if backend.taken_over:
+                todo = "going on where a predecessor stopped"
+            print(f"vhost: serving {args.device} as {backend.path}; {todo}", file=sys.stderr, flush=True)
+            serving = True
+            while serving:
+                for key, _ in selector.select():
+                    if key.fileobj is backend:
+                        serving = backend.step() and serving
+                    elif set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+                        serving = False
+                    else:
+                        refresh([device])
+    if backend.left_behind:
+        print(f"vhost: {backend.left_behind}", file=sys.stderr, flush=True)
+    if backend.error:
+        raise backend.error
+    return 0
+
+
+def refresh(devices: Iterable[Device]) -> None:
+    for device in list(devices):
+        try:
+            device.refresh()
+        except OSError as error:
+            print(f"vhost: {error}", file=sys.stderr, flush=True)
 
 
 def run_probe(args: argparse.Namespace) -> int:

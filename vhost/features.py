@@ -238,7 +238,20 @@ class NetF(IntFlag):
     SPEED_DUPLEX = 1 << 63
 
 
-DEVICE_FEATURES: dict[DeviceId, type[IntFlag]] = {DeviceId.BLOCK: BlkF, DeviceId.NET: NetF}
+@_plain_complement
+class VsockF(IntFlag):
+    """Socket device (VIRTIO 5.10.3)."""
+
+    STREAM = 1 << 0
+    SEQPACKET = 1 << 1
+    NO_IMPLIED_STREAM = 1 << 2
+
+
+DEVICE_FEATURES: dict[DeviceId, type[IntFlag]] = {
+    DeviceId.BLOCK: BlkF,
+    DeviceId.NET: NetF,
+    DeviceId.VSOCK: VsockF,
+}
 """Device-specific features by type, for those types whose bits are named here."""
 
 

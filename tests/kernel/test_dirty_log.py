@@ -19,7 +19,8 @@ PAGE = 4096
 
 def used_page(nic: BareNic, index: int) -> int:
     """Each ring has pages of its own."""
-    return (nic.memory[0].guest_addr + index * nic._ring_room + nic._layout.used) // PAGE * PAGE
+    place = nic._places[index]
+    return (place.addr + place.layout.used) // PAGE * PAGE
 
 
 def test_exactly_the_pages_that_were_written(no_leaks: None) -> None:

@@ -397,7 +397,7 @@ class VduseBackend(DeviceSession):
                     f"VDUSE device {self.name!r} is in use: serve it again under this name and its driver"
                     f" goes on, or `vdpa dev del {self.name}` first"
                 )
-                log.warning("%s", self.left_behind)
+                log.info("%s", self.left_behind)
             elif error.errno != errno.EINVAL:  # it was never there
                 log.warning("%s", str(error))
         self._close_control()
