@@ -17,7 +17,7 @@ from typing import Any
 
 # The tests know how to boot a kernel and how to make its devices.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-PARTS = ("kernel_ioctl",)
+PARTS = ("kernel_ioctl", "kernel_net")
 KERNEL = "6.12"
 MARK = "figures: "
 
