@@ -152,10 +152,11 @@ def test_16_mib_both_ways_at_once(buffers: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("ours", [100, 1000, 5000])
-@pytest.mark.parametrize("size", [256, 4096])
+@pytest.mark.parametrize("size", [4096, 10_000])
 @pytest.mark.parametrize("theirs", [False, True])
 def test_small_buffers(theirs: bool, size: int, ours: int) -> None:
-    """Nearly every packet waits for credit."""
+    """Nearly every packet waits for credit. Newer kernels count what a packet costs them besides, so that a
+    buffer of a few hundred bytes is none: their socket fails with ENOBUFS."""
     total = 100_000
     with (
         driver(buf_alloc=ours) as vsock,
@@ -476,7 +477,7 @@ def test_an_event_loop() -> None:
 def test_messages(theirs: bool, buffers: dict[str, int]) -> None:
     sizes = [1, 2, 100, 4051, 4052, 4053, 65535, 65536, 65537, 200_000, 3]
     with (
-        ThreadPoolExecutor() as pool,  # ends last: what goes wrong closes the stream, and that ends all waiting
+        ThreadPoolExecutor() as pool,  # ends last: what goes wrong closes the stream, which ends all waiting
         driver(**buffers) as vsock,
         pair(vsock, theirs=theirs, kind=VsockType.SEQPACKET) as (stream, sock),
     ):
@@ -501,7 +502,7 @@ def test_messages(theirs: bool, buffers: dict[str, int]) -> None:
         sock.sendall(bytes(100))
         data, _, flags, _ = stream.recvmsg(10)
         assert (len(data), flags & socket.MSG_TRUNC) == (10, socket.MSG_TRUNC)
-        with pytest.raises(OSError, match="limit 262144") as error:
+        with pytest.raises(OSError, match="a message of 262145 bytes, limit") as error:
             stream.send(bytes((256 << 10) + 1))
         assert error.value.errno == errno.EMSGSIZE
         sock.shutdown(socket.SHUT_WR)
