@@ -161,7 +161,7 @@ def test_a_device_in_use_is_left_and_taken_over(disk: Path) -> None:
 
 
 def test_a_device_that_the_kernel_does_not_take() -> None:
-    with pytest.raises(vhost.IoctlError, match="VDUSE_CREATE_DEV.*device id 4"):
+    with pytest.raises(vhost.IoctlError, match=r"VDUSE_CREATE_DEV.*device id 4"):
         vhost.kernel.VduseBackend(vhost.devices.Rng(), "rng0")
     assert not Path("/dev/vduse/rng0").exists()
 
