@@ -311,12 +311,14 @@ class VduseBackend(DeviceSession):
 
     def _ring_broken(self, ring: Ring, why: str) -> None:
         # The kernel maps a driver's bounce buffer when it is first used, and tells nobody.
-        if ring.queue is not None and ring.queue.missed and self._look_at_memory():
-            try:
-                self._renew(ring)
-                return
-            except InvalidQueue as error:
-                why = str(error)
+        if ring.queue is not None and ring.queue.missed:
+            self._look_at_memory()
+            if ring.queue.memory is not self.memory:  # this ring's miss, or another's before it, was news
+                try:
+                    self._renew(ring)
+                    return
+                except InvalidQueue as error:
+                    why = str(error)
         super()._ring_broken(ring, why)
 
     def _renew(self, ring: Ring) -> None:
@@ -329,12 +331,10 @@ class VduseBackend(DeviceSession):
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def _look_at_memory(self) -> bool:
-        """Map what the kernel says is there. False: nothing changed."""
-        if not self._iovas.look(self._fd):
-            return False
-        self.memory = self._iovas.map(self._complain)
-        return True
+    def _look_at_memory(self) -> None:
+        """Map what the kernel says is there; if that is what it was, the memory stays the same object."""
+        if self._iovas.look(self._fd):
+            self.memory = self._iovas.map(self._complain)
 
     def _update_memory(self) -> None:
         """The driver mapped or unmapped something: what it was told is gone must not be used any more."""
