@@ -15,6 +15,7 @@ from vhost.features import (
     VhostF,
     VirtioF,
     VringF,
+    VsockF,
     bits,
     feature_names,
 )
@@ -37,7 +38,7 @@ def test_old_names_find_the_new_ones() -> None:
     assert VirtioF.IOMMU_PLATFORM is VirtioF.ACCESS_PLATFORM
 
 
-@pytest.mark.parametrize("flags", [VirtioF, VhostF, VringF, ProtocolF, Status, BlkF, NetF])
+@pytest.mark.parametrize("flags", [VirtioF, VhostF, VringF, ProtocolF, Status, BlkF, NetF, VsockF])
 def test_every_feature_is_one_bit(flags: type) -> None:
     for feature in flags:  # type: ignore[attr-defined]
         assert feature.value.bit_count() == 1, feature

@@ -39,3 +39,8 @@ def test_disk_on_the_vdpa_bus() -> None:
     with vhost_vdpa("docs", "vdpasim_blk") as path:
         out = run_example("docs/kernel.md", 1, path)
     assert out.startswith("<DeviceId.BLOCK: 2> 1 queue(s)\nread back True ")
+
+
+@pytest.mark.kernel("vsock")
+def test_sockets_without_a_guest() -> None:
+    assert run_example("docs/kernel.md", 2) == "42 from the guest\nfrom the host\n"
