@@ -176,3 +176,21 @@ def test_through_vhost_vdpa(disk: Path) -> None:
             assert driver.read(8, len(data) // 512) == data
     assert disk.read_bytes()[4096 : 4096 + len(data)] == data
     assert daemon.kill(signal.SIGTERM) == 0
+
+
+def test_memory_that_goes_under_a_ring(disk: Path) -> None:
+    """Any process behind vhost-vdpa can do that: the ring stops, the daemon answers, a reset begins anew."""
+    daemon = Daemon(disk)
+    with vdpa_bus.vhost_vdpa(NAME, "vduse") as path, vhost.kernel.VhostVdpa(path) as ops:
+        driver = vhost.drivers.Blk(ops)
+        driver.write(8, b"\x5a" * 512)
+        start = time.monotonic()
+        ops.set_mem_table(vhost.GuestMemory())
+        assert time.monotonic() - start < 20, "the kernel waited for an answer that did not come"
+        ops.set_status(0)
+        assert ops.get_status() == 0
+        driver.queues.clear()
+        driver.close()
+        with vhost.drivers.Blk(ops) as again:
+            assert again.read(8, 1) == b"\x5a" * 512
+    assert daemon.kill(signal.SIGTERM) == 0

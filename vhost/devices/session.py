@@ -381,9 +381,13 @@ class DeviceSession(ABC):
         with contextlib.ExitStack() as resume:  # all of them, also if a handler fails in between
             for ring in rings:
                 if ring.started:
-                    resume.callback(self._run, ring)
+                    resume.callback(self._resume, ring)
                     self._pause(ring)
             yield
+
+    def _resume(self, ring: Ring) -> None:
+        if ring.started:  # it may have been stopped in the meantime
+            self._run(ring)
 
     def _run(self, ring: Ring) -> None:
         """The ring is started, or may go on after a pause: process it."""

@@ -9,17 +9,17 @@ acknowledged, IOVAs, which the IOTLB maps to those.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 from vhost._ring import ring_areas
 from vhost.dirty_log import DirtyLog
-from vhost.errors import InvalidLogAddress, InvalidQueue, IoctlError, UnsupportedRequest
-from vhost.features import BackendF, Status, VhostF, VirtioF, VringF
+from vhost.errors import InvalidLogAddress, InvalidQueue, IoctlError, UnsupportedRequest, VhostError
+from vhost.features import BackendF, Status, VhostF, VirtioF, VringF, feature_names
 from vhost.kernel import ioctls as k
 from vhost.kernel.iotlb import Access, IotlbMessage, IotlbType
 from vhost.memory import GuestMemory
@@ -30,6 +30,7 @@ _PACKED = int(VirtioF.RING_PACKED)
 _ACCESS_PLATFORM = int(VirtioF.ACCESS_PLATFORM)
 _IOTLB = int(BackendF.IOTLB_MSG_V2)
 _BATCH = int(BackendF.IOTLB_BATCH)
+_ASID = int(BackendF.IOTLB_ASID)
 MISSES_PER_STEP = 64
 """So that a device that misses without end does not keep a caller's loop for itself."""
 
@@ -82,10 +83,13 @@ class KernelVhost(VhostOps):
         self._began = False
         self._status = 0
         self._nums: dict[int, int] = {}
-        self._areas: dict[int, tuple[tuple[int, int, int], int]] = {}
-        """Where each ring is as the kernel was told, and the guest address of its used area."""
-        self._log: DirtyLog | None = None
+        self._areas: dict[int, tuple[int, int, int]] = {}
+        """Where each ring is: guest addresses."""
+        # What the kernel may still use though we were told of something newer: it neither asks nor tells.
+        self._held: dict[int, GuestMemory] = {}
+        self._kept: list[GuestMemory | DirtyLog] = []
         self._logs = False
+        self._behind_iotlb = False
         self._listens = False
         self._epoll = select.epoll()
         try:
@@ -123,6 +127,10 @@ class KernelVhost(VhostOps):
     def _stop(self, index: int | None = None) -> None:
         """Return when the kernel no longer uses this ring, or any."""
 
+    def _is_running(self, index: int) -> bool:
+        """May the kernel be using this ring?"""
+        return False
+
     # -- the session -------------------------------------------------------------------------------
 
     def set_owner(self) -> None:
@@ -147,9 +155,17 @@ class KernelVhost(VhostOps):
         self.set_backend_features(offered & int(BackendF.IOTLB_MSG_V2 | BackendF.IOTLB_BATCH))
 
     def reset_owner(self) -> None:
+        """Give the session up: the kernel forgets memory, rings, log and features. vhost-net only."""
+        if self.node not in k.RESET_OWNER.devices:
+            raise UnsupportedRequest(f"{self.kind} cannot give its owner up", request="RESET_OWNER")
         for fd in self.fds:
             k.RESET_OWNER(fd)
-        self._began = False
+        self._began = self._logs = self._behind_iotlb = False
+        self._listen_for_misses(False)
+        self.features = self._status = 0
+        self.memory = GuestMemory()
+        for forgotten in (self._nums, self._areas, self._held, self._kept):
+            forgotten.clear()
 
     def get_backend_features(self) -> int:
         """What the kernel's control interface can do: bits of ``BackendF``."""
@@ -175,10 +191,29 @@ class KernelVhost(VhostOps):
         return int(k.GET_FEATURES(self.fd)) & ~_LOG_ALL
 
     def set_features(self, features: int) -> None:
-        for fd in self.fds:
-            k.SET_FEATURES(fd, features)
+        """Acknowledge these. Each time that ACCESS_PLATFORM is one of them, the IOTLB is empty afterwards,
+        and it cannot be taken back."""
+        foreign = features & ~self.get_features()
+        if foreign:
+            names = " ".join(feature_names(foreign, VirtioF))
+            raise UnsupportedRequest(f"{self.name}: features {foreign:#x} ({names}) were not offered")
+        translates = bool(features & _ACCESS_PLATFORM)
+        if self._behind_iotlb and not translates:
+            raise VhostError(
+                f"{self.name}: ACCESS_PLATFORM was acknowledged; open the device anew without it"
+            )
+        self._tell_features(features)
         self.features = int(features)
-        self._listen_for_misses(bool(features & _ACCESS_PLATFORM))
+        self._behind_iotlb = translates and self.node in k.Node.VHOST
+        self._listen_for_misses(translates)
+
+    def _tell_features(self, features: int) -> None:
+        for fd in self.fds:
+            k.SET_FEATURES(fd, self._kernel_features(features) | (_LOG_ALL if self._logs else 0))
+
+    def _kernel_features(self, features: int) -> int:
+        """Of what a driver acknowledged, that which the kernel is to know."""
+        return features
 
     def get_queue_num(self) -> int:
         return len(self.fds) * self.rings_per_fd
@@ -210,11 +245,32 @@ class KernelVhost(VhostOps):
     # -- memory ------------------------------------------------------------------------------------
 
     def set_mem_table(self, memory: GuestMemory) -> None:
-        if self._logs and self._log is not None:
+        """Rings that run go on in the new memory; InvalidQueue, and nothing changes, if one is not in it."""
+        if self._logs:
             self._check_log(self._log, memory)
+        lost = self._lost_in(memory)
+        self._kept.append(memory)  # should one of several descriptors refuse it, others have it
         for fd in self.fds:
             k.SET_MEM_TABLE(fd, memory)
-        self.memory = memory  # and with it the mappings that the kernel was told of
+        # A ring that is stopped stays where it was until it is placed anew.
+        self._held.update({index: self.memory for index in lost if index not in self._held})
+        self.memory = memory
+        if not self._translates:
+            for index in self._areas:
+                if index not in self._held:
+                    self._tell_areas(index)
+        self._kept.remove(memory)
+
+    def _lost_in(self, memory: GuestMemory) -> list[int]:
+        lost = []
+        for index in () if self._translates else self._areas:
+            try:
+                self._host_areas(index, memory)
+            except InvalidQueue:
+                if self._is_running(index):
+                    raise
+                lost.append(index)
+        return lost
 
     # -- rings -------------------------------------------------------------------------------------
 
@@ -227,23 +283,30 @@ class KernelVhost(VhostOps):
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
     ) -> None:
         self._at(index)
-        if not self._translates:
-            name = f"{self.name} ring {index}"
-            if index not in self._nums:
-                raise InvalidQueue(f"{name}: its size comes before its addresses")
-            packed = bool(self.features & _PACKED)
-            areas = ring_areas(name, self.memory, self._nums[index], packed, desc, avail, used)
-        else:
-            areas = desc, avail, used
-        self._areas[index] = areas, used
-        if self._logs:
-            log, flags = used, flags | VringF.LOG
-        self._set_areas(index, log, flags)
+        old = self._areas.get(index)
+        self._areas[index] = desc, avail, used
+        try:
+            self._tell_areas(index, log, flags)
+        except BaseException:
+            if old is None:
+                del self._areas[index]
+            else:
+                self._areas[index] = old
+            raise
+        self._held.pop(index, None)
 
-    def _set_areas(self, index: int, log: int, flags: int) -> None:
+    def _tell_areas(self, index: int, log: int = 0, flags: int = 0) -> None:
         fd, ring = self._at(index)
-        areas, _ = self._areas[index]
+        areas = self._areas[index] if self._translates else self._host_areas(index, self.memory)
+        if self._logs:
+            log, flags = self._areas[index][2], flags | VringF.LOG
         k.SET_VRING_ADDR(fd, ring, *areas, log=log, flags=flags)
+
+    def _host_areas(self, index: int, memory: GuestMemory) -> tuple[int, int, int]:
+        name = f"{self.name} ring {index}"
+        if index not in self._nums:
+            raise InvalidQueue(f"{name}: its size comes before its addresses")
+        return ring_areas(name, memory, self._nums[index], bool(self.features & _PACKED), *self._areas[index])
 
     @property
     def _translates(self) -> bool:
@@ -299,9 +362,14 @@ class KernelVhost(VhostOps):
         """Where to mark pages that the device writes, from LOG_ALL on. It has to cover the memory table, and
         stays mapped until ``close()``: the kernel cannot be told to forget it."""
         self._check_log(log, self.memory)
+        self._kept.append(log)
         for fd in self.fds:
             k.SET_LOG_BASE(fd, log.addr)
-        self._log = log
+        self._kept = [old for old in self._kept if not isinstance(old, DirtyLog) or old is log]
+
+    @property
+    def _log(self) -> DirtyLog:
+        return [kept for kept in self._kept if isinstance(kept, DirtyLog)][-1]
 
     def set_log_fd(self, fd: int | None) -> None:
         """An eventfd that is signalled when the log changed."""
@@ -309,23 +377,22 @@ class KernelVhost(VhostOps):
             k.SET_LOG_FD(device, -1 if fd is None else fd)
 
     def start_log(self, log: DirtyLog) -> None:
-        """Log from now on what the device writes: buffers, and the used areas of the rings."""
+        """Log from now on what the device writes: buffers, and the used areas of the rings. Of vhost-vsock,
+        and of vhost-scsi on many kernels, only the latter: stop such a device before the last copy. Behind
+        an IOTLB this empties it, as ``stop_log`` does."""
         self.set_log_base(log)
-        self._switch_log(True)
+        self._logs = True
+        self._switch_log()
 
     def stop_log(self) -> None:
-        self._switch_log(False)
+        self._logs = False
+        self._switch_log()
 
-    def _switch_log(self, on: bool) -> None:
-        for fd in self.fds:
-            k.SET_FEATURES(fd, self._kernel_features(self.features) | (_LOG_ALL if on else 0))
-        for index, (_, used) in self._areas.items():
-            self._set_areas(index, used if on else 0, VringF.LOG if on else 0)
-        self._logs = on
-
-    def _kernel_features(self, features: int) -> int:
-        """Of what a driver acknowledged, that which the kernel is to know."""
-        return features
+    def _switch_log(self) -> None:
+        self._tell_features(self.features)
+        for index in self._areas:
+            if index not in self._held:
+                self._tell_areas(index)
 
     @staticmethod
     def _check_log(log: DirtyLog, memory: GuestMemory) -> None:
@@ -347,7 +414,7 @@ class KernelVhost(VhostOps):
         """Unmap; the device waits, with a miss, when it needs it again."""
         self._send_iotlb(IotlbMessage(IotlbType.INVALIDATE, iova, size, asid=asid))
 
-    @contextmanager
+    @contextlib.contextmanager
     def iotlb_batch(self, *, asid: int = 0) -> Iterator[None]:
         """Updates and invalidations that belong together, where the device knows batches."""
         if not self.backend_features & _BATCH:
@@ -360,6 +427,8 @@ class KernelVhost(VhostOps):
             self._send_iotlb(IotlbMessage(IotlbType.BATCH_END, asid=asid))
 
     def _send_iotlb(self, message: IotlbMessage) -> None:
+        if message.asid and not self.backend_features & _ASID:
+            raise UnsupportedRequest(f"{self.name}: address space {message.asid}: there is one only, 0")
         v2 = bool(self.backend_features & _IOTLB)
         for fd in self.fds:
             message.write(fd, v2=v2, name=self.name)
@@ -394,12 +463,19 @@ class KernelVhost(VhostOps):
                 self.on_iotlb_miss(message)
 
     def close(self) -> None:
-        """The kernel stops all rings before this returns."""
+        """Stop all rings, and let go of the device and the memory. Idempotent."""
+        if self._fds and self._began:
+            # Closing does that, too, but not while a forked child has the descriptors. Such a child is not
+            # the owner, and cannot stop anything.
+            with contextlib.suppress(IoctlError):
+                self._stop()
         fds, self._fds = self._fds, ()
         self._epoll.close()
         for fd in fds:
             os.close(fd)
-        self.memory, self._log = GuestMemory(), None
+        self.memory = GuestMemory()
+        self._held.clear()
+        self._kept.clear()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

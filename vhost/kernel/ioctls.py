@@ -17,6 +17,7 @@ from errno import (
     EEXIST,
     EFAULT,
     EINVAL,
+    ENOBUFS,
     ENODEV,
     ENOTSOCK,
     ENOTSUP,
@@ -57,13 +58,14 @@ _UNKNOWN = "this kernel, or this device, does not know it"
 
 def _also(more: Mapping[int, str] | None = None) -> dict[int, str]:
     """What an errno means for all of vhost's ioctls, and for this one."""
-    return {EPERM: _NO_OWNER, ENOTTY: _UNKNOWN, **(more or {})}
+    return {EPERM: _NO_OWNER, ENOTTY: _UNKNOWN, ENOBUFS: _NO_RING, **(more or {})}
 
 
 _RING = _also({EBUSY: _RUNS, EINVAL: "no number for a ring, or the ring runs"})
 _EVENT = _also({EINVAL: "the descriptor is no eventfd"})
-_VDPA = {ENOTSUP: "the vDPA device's driver cannot do that", ENOTTY: _UNKNOWN}
-_VDUSE = {EPERM: "not in this state of the device", EINVAL: "not allowed for this device, or in its state"}
+_VDPA = _also({ENOTSUP: "the vDPA device's driver cannot do that"})
+_GIVEN_UP = {EPERM: "the kernel gave the device up after a request that nobody answered: `vdpa dev del`"}
+_VDUSE = {**_GIVEN_UP, EINVAL: "not allowed for this device, or in its state"}
 
 # --------------------------------------------------------------------------- sessions and features
 
@@ -72,6 +74,7 @@ SET_FEATURES = k.Scalar(
     "VHOST_SET_FEATURES", Node.ANY, "Acknowledge feature bits.",
     errors=_also({ENOTSUP: "a feature that was not offered",
                   EFAULT: "the dirty log does not cover the memory table",
+                  EINVAL: "not all that the device insists on, such as ACCESS_PLATFORM",
                   EBUSY: "too late: the driver has acknowledged its features"}),
 )  # fmt: skip
 GET_FEATURES_ARRAY = k.Features(
@@ -99,7 +102,8 @@ SET_OWNER = k.Plain(
 RESET_OWNER = k.Plain("VHOST_RESET_OWNER", Node.NET, "Give the session up.", errors=_also())
 SET_FORK_FROM_OWNER = k.Scalar(
     "VHOST_SET_FORK_FROM_OWNER", Node.ANY, "Workers are tasks of the owner (1) or kernel threads (0).",
-    errors={EBUSY: "the session has an owner already", EINVAL: "must be 0 or 1", ENOTTY: _UNKNOWN},
+    errors={EBUSY: "the session has an owner already", EINVAL: "must be 0 or 1", ENOTTY: _UNKNOWN,
+            EPERM: _UNKNOWN},
 )  # fmt: skip
 GET_FORK_FROM_OWNER = k.Scalar(
     "VHOST_GET_FORK_FROM_OWNER", Node.ANY, "What workers are.", errors={ENOTTY: _UNKNOWN}
@@ -109,7 +113,7 @@ GET_FORK_FROM_OWNER = k.Scalar(
 
 SET_MEM_TABLE = k.MemTable(
     "VHOST_SET_MEM_TABLE", Node.VHOST, "Replace the memory table.",
-    errors=_also({EFAULT: "a ring that runs, or the dirty log, would lose its memory",
+    errors=_also({EFAULT: "a region is empty, or not in this process, or not in the dirty log",
                   E2BIG: "more regions than vhost's module parameter max_mem_regions"}),
 )  # fmt: skip
 SET_LOG_BASE = k.Scalar(
@@ -162,7 +166,13 @@ GET_VRING_BUSYLOOP_TIMEOUT = k.VringState(
 
 # --------------------------------------------------------------------------- workers
 
-_WORKER = _also({ENOTTY: "this device, or kernel, has no workers of its own", EINVAL: _NO_RING})
+_WORKER = _also(
+    {
+        ENOTTY: "this device, or kernel, has no workers of its own",
+        ENODEV: "no such worker",
+        EFAULT: "workers are kernel threads (FORK_FROM_OWNER 0), which are not made this way",
+    }
+)
 NEW_WORKER = k.Scalar("VHOST_NEW_WORKER", Node.SCSI, "Start a worker; its id.", errors=_WORKER)
 FREE_WORKER = k.Scalar(
     "VHOST_FREE_WORKER", Node.SCSI, "End a worker that has no ring.",
@@ -207,7 +217,8 @@ SCSI_GET_EVENTS_MISSED = k.Scalar(
 )
 VSOCK_SET_GUEST_CID = k.Scalar(
     "VHOST_VSOCK_SET_GUEST_CID", Node.VSOCK, "The address of the guest.",
-    errors=_also({EINVAL: "must be 3 to 0xfffffffe", EADDRINUSE: "another session has this CID"}),
+    errors=_also({EINVAL: "must be 3 to 0xfffffffe",
+                  EADDRINUSE: "another session, or this machine, has this CID"}),
 )  # fmt: skip
 VSOCK_SET_RUNNING = k.Scalar(
     "VHOST_VSOCK_SET_RUNNING", Node.VSOCK, "Start (1) or stop (0) the rings.",
@@ -287,8 +298,9 @@ VDUSE_SET_API_VERSION = k.Scalar(
 VDUSE_CREATE_DEV = u.CreateDev(
     "VDUSE_CREATE_DEV", Node.VDUSE_CONTROL, "Make /dev/vduse/NAME.",
     errors={EEXIST: "there is a device of this name",
-            EINVAL: "the kernel takes disks and NICs with ACCESS_PLATFORM, and no CONFIG_WCE",
-            EPERM: "needs CAP_SYS_ADMIN, or CAP_NET_ADMIN for a NIC"},
+            EINVAL: "the kernel takes disks, and newer ones NICs, with VERSION_1 and ACCESS_PLATFORM, but"
+            " neither CONFIG_WCE nor CTRL_VQ, and a page of configuration at most",
+            EPERM: "needs CAP_NET_ADMIN for a NIC"},
 )  # fmt: skip
 VDUSE_DESTROY_DEV = u.DestroyDev(
     "VDUSE_DESTROY_DEV", Node.VDUSE_CONTROL, "Remove it.",
@@ -297,13 +309,15 @@ VDUSE_DESTROY_DEV = u.DestroyDev(
 )  # fmt: skip
 VDUSE_IOTLB_GET_FD = u.IotlbFd(
     "VDUSE_IOTLB_GET_FD", Node.VDUSE, "The file behind the first mapping in a range.",
-    errors={EINVAL: "nothing is mapped there"},
+    errors={**_GIVEN_UP, EINVAL: "nothing is mapped there"},
 )  # fmt: skip
 VDUSE_IOTLB_GET_FD2 = u.IotlbFd(
     "VDUSE_IOTLB_GET_FD2", Node.VDUSE, "The same, of an address space.", feature="VDUSE_API_VERSION_1",
     errors={EINVAL: "nothing is mapped there", ENOTTY: _UNKNOWN},
 )  # fmt: skip
-VDUSE_DEV_GET_FEATURES = k.Scalar("VDUSE_DEV_GET_FEATURES", Node.VDUSE, "What the driver acknowledged.")
+VDUSE_DEV_GET_FEATURES = k.Scalar(
+    "VDUSE_DEV_GET_FEATURES", Node.VDUSE, "What the driver acknowledged.", errors=_GIVEN_UP
+)
 VDUSE_DEV_SET_CONFIG = k.ConfigRange(
     "VDUSE_DEV_SET_CONFIG", Node.VDUSE, "Write configuration space.",
     errors={EINVAL: "not in the configuration space"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from errno import E2BIG, EEXIST, EFAULT, EINVAL, ENOMEM, ENOSPC
+from errno import EFAULT, EINVAL, ENOMEM
 from typing import Self
 
 from vhost.errors import IoctlError
@@ -34,12 +34,11 @@ class Access(IntFlag):
 
 NO_ACCESS = Access(0)
 _HINTS = {
-    EFAULT: "something is mapped there already, or the user address is none of this process, or the device"
-    " does not know this message",
-    EINVAL: "out of the device's IOVA range, or no such address space",
-    EEXIST: "something is mapped there already",
-    E2BIG: "too many mappings",
-    ENOSPC: "too many mappings",
+    # The kernel says this whatever the reason is.
+    EFAULT: "something is mapped there already; or the user address is none of this process; or it is out"
+    " of the device's IOVA range; or no such address space; or more memory than this process may lock"
+    " (ulimit -l); or ACCESS_PLATFORM was not acknowledged",
+    EINVAL: "an empty range, or no message that the device knows",
     ENOMEM: "more memory than this process may lock (ulimit -l)",
 }
 

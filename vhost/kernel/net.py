@@ -74,7 +74,17 @@ class VhostNet(KernelVhost):
                 fds.append(backend.fileno())
         if len(fds) != len(self.fds):
             raise VhostError(f"{self.name}: {len(fds)} backends for {len(self.fds)} pairs of rings")
-        self._backends, self._offloads = tuple(fds), offloads
+        if offloads is not None and len(backends) > 1:
+            raise VhostError(f"{self.name}: a tap with all its queues, or other backends, not both")
+        old = self._offloads
+        self._offloads = offloads
+        if self.features:
+            try:
+                self.set_features(self.features)  # which the new one has to have, too
+            except BaseException:
+                self._offloads = old
+                raise
+        self._backends = tuple(fds)
 
     def set_backend(self, index: int, fd: int | None) -> None:
         """Run one ring on this descriptor, or stop it."""
@@ -92,34 +102,38 @@ class VhostNet(KernelVhost):
             self._at(index)
             self.set_backend(index, self._backends[index // self.rings_per_fd])
         elif not enable:
-            self.set_backend(index, None)
+            self._stop(index)
 
     def _stop(self, index: int | None = None) -> None:
-        for ring in sorted(self._running) if index is None else (index,):
-            self.set_backend(ring, None)
+        for ring in sorted(self._running):
+            if index is None or index == ring:
+                self.set_backend(ring, None)
+
+    def _is_running(self, index: int) -> bool:
+        return index in self._running
 
     def get_features(self) -> int:
         features = super().get_features() & ~VHOST_NET_F_VIRTIO_NET_HDR
         return features | (int(self._offloads.features) if self._offloads is not None else 0)
 
-    def set_features(self, features: int) -> None:
+    def _tell_features(self, features: int) -> None:
         # What the kernel acknowledges is what it has to do itself.
         if self._offloads is not None:
             self._offloads.set_vnet_hdr_size(12 if features & _LONG_HEADER else 10)
             self._offloads.set_features(features & int(self._offloads.features))
-        super().set_features(self._kernel_features(features))
-        self.features = int(features)
+        super()._tell_features(features)
 
     def _kernel_features(self, features: int) -> int:
-        if self._offloads is None:
-            features |= VHOST_NET_F_VIRTIO_NET_HDR
-        return features & int(k.GET_FEATURES(self.fd)) & ~int(VhostF.LOG_ALL)
+        features &= int(k.GET_FEATURES(self.fd)) & ~int(VhostF.LOG_ALL) & ~VHOST_NET_F_VIRTIO_NET_HDR
+        return features | (VHOST_NET_F_VIRTIO_NET_HDR if self._offloads is None else 0)
 
     def get_features_array(self, words: int = 2) -> int:
         """Feature bits of the kernel's own beyond 64, too; newer kernels only."""
         return int(k.GET_FEATURES_ARRAY(self.fd, words=words))
 
     def set_features_array(self, features: int) -> None:
+        """As the kernel takes them, for callers of its own interface: neither the tap nor ``features``
+        hears of it."""
         for fd in self.fds:
             k.SET_FEATURES_ARRAY(fd, features)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
+from vhost.errors import InvalidQueue
 from vhost.kernel import ioctls as k
 from vhost.kernel.base import KernelVhost
 
@@ -18,7 +19,6 @@ class VhostScsi(KernelVhost):
     module: ClassVar[str] = "vhost_scsi"
     kind: ClassVar[str] = "vhost-scsi"
     node: ClassVar[k.Node] = k.Node.SCSI
-    rings_per_fd: ClassVar[int] = 128
     FIXED_RINGS: ClassVar[int] = 2
 
     def __init__(
@@ -38,6 +38,14 @@ class VhostScsi(KernelVhost):
 
     def get_queue_num(self) -> int:
         return self.FIXED_RINGS + self.num_queues
+
+    def _at(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.get_queue_num():
+            raise InvalidQueue(f"{self.name}: ring {index}, must be below {self.get_queue_num()}")
+        return self.fd, index
+
+    def _is_running(self, index: int) -> bool:
+        return self._endpoint is not None
 
     def get_abi_version(self) -> int:
         """Of the endpoint's struct."""

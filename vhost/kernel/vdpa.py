@@ -77,8 +77,14 @@ class VhostVdpa(KernelVhost):
 
     def set_status(self, status: int) -> None:
         k.VDPA_SET_STATUS(self.fd, status)
+        self._status = status
         if not status and not self.backend_features & _PERSIST:
             self._map_again()
+
+    def _stop(self, index: int | None = None) -> None:
+        if self._status:
+            k.VDPA_SET_STATUS(self.fd, 0)
+            self._status = 0
 
     def set_config_call(self, fd: int | None) -> None:
         """The eventfd that tells of a new configuration. By default it is one of our own, which ``step()``
@@ -138,7 +144,8 @@ class VhostVdpa(KernelVhost):
 
     def dma_map(self, iova: int, size: int, user_addr: int, *, readonly: bool = False, asid: int = 0) -> None:
         """Let the device use ``size`` bytes at our ``user_addr`` as ``iova``; all are whole pages. A device
-        of VDUSE takes shared file memory only, such as that of ``Region.allocate``."""
+        of VDUSE takes shared file memory only, such as that of ``Region.allocate``. Map it again after a
+        reset of a device without IOTLB_PERSIST; ``set_mem_table`` needs no repetition."""
         self.iotlb_update(iova, size, user_addr, Access.RO if readonly else Access.RW, asid=asid)
 
     def dma_unmap(self, iova: int, size: int, *, asid: int = 0) -> None:

@@ -220,6 +220,9 @@ class VduseBackend(DeviceSession):
         except VhostError as error:
             self._complain(f"{self.name} refused", error)
             self._respond(request, ok=False)
+        except BaseException:
+            self._respond(request, ok=False)  # or the driver would wait for us until the kernel gives up
+            raise
         else:
             self._respond(request, ok=True, base=base)
 

@@ -52,3 +52,6 @@ class VhostVsock(KernelVhost):
     def _stop(self, index: int | None = None) -> None:
         if self._runs:
             self.set_running(False)
+
+    def _is_running(self, index: int) -> bool:
+        return self._runs
