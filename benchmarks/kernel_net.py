@@ -7,9 +7,12 @@ compared is the same number of frames of the same size the same way, in turns.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +27,17 @@ ETHERTYPE = 0x88B5
 FRAME = bytes.fromhex("020000000001020000000002") + ETHERTYPE.to_bytes(2, "big") + bytes(50)
 BURST = 32
 HEADER = bytes(10)
+HERE = Path(__file__).parent
+
+
+def build(scratch: Path) -> ctypes.CDLL:
+    library = scratch / "tap_floor.so"
+    source = str(HERE / "tap_floor.c")
+    subprocess.run(["gcc", "-O2", "-fPIC", "-shared", source, "-o", str(library)], check=True)
+    lib = ctypes.CDLL(str(library))
+    lib.tap_floor_send.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint]
+    lib.tap_floor_recv.argtypes = [ctypes.c_int, ctypes.c_uint]
+    return lib
 
 
 @contextmanager
@@ -40,7 +54,7 @@ def per_second(count: int, work: Callable[[int], None]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def senders(nic: Net, tap: Tap) -> dict[str, Callable[[int], None]]:
+def senders(lib: ctypes.CDLL, nic: Net, tap: Tap) -> dict[str, Callable[[int], None]]:
     frames = [FRAME] * BURST
 
     def singles(count: int) -> None:
@@ -67,11 +81,21 @@ def senders(nic: Net, tap: Tap) -> dict[str, Callable[[int], None]]:
         for _ in range(count):
             os.write(fd, data)
 
-    return {"write() in Python": raw, "send": singles, "send_batch": batches, "pump (C)": pump}
+    def floor(count: int) -> None:
+        data = HEADER + FRAME
+        assert lib.tap_floor_send(tap.fileno(), data, len(data), count) == count
+
+    return {
+        "write() in Python": raw,
+        "write() in C": floor,
+        "send": singles,
+        "send_batch": batches,
+        "pump (C)": pump,
+    }
 
 
 def receivers(
-    nic: Net, tap: Tap, to_nic: socket.socket, to_tap: socket.socket
+    lib: ctypes.CDLL, nic: Net, tap: Tap, to_nic: socket.socket, to_tap: socket.socket
 ) -> dict[str, Callable[[int], None]]:
     """A burst is sent into the tap, then received. The sending, which is the same for all, is in the time:
     ratios are nearer to 1 than those of receiving alone would be."""
@@ -106,8 +130,12 @@ def receivers(
         for _ in range(count):
             os.read(fd, 2048)
 
+    def floor(count: int) -> None:
+        assert lib.tap_floor_recv(tap.fileno(), count) == count
+
     return {
         "read() in Python": timed(to_tap, raw),
+        "read() in C": timed(to_tap, floor),
         "recv": timed(to_nic, singles),
         "recv_batch": timed(to_nic, batches),
         "pump (C)": timed(to_nic, pump),
@@ -125,16 +153,20 @@ def run(*, quick: bool = False) -> dict[str, Any]:
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
             wire.bind((one.name, 0))
             wires.append(wire)
-        for direction, work in (("send", senders(nic, bare)), ("receive", receivers(nic, bare, *wires))):
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-"))
+        lib = build(Path(scratch))
+        directions = {"send": senders(lib, nic, bare), "receive": receivers(lib, nic, bare, *wires)}
+        for direction, work in directions.items():
             cases = {name: (lambda do=do: per_second(count, do)) for name, do in work.items()}
             results = harness.interleave(cases, rounds)
-            baseline = next(iter(results.values()))
+            python, c = list(results.values())[:2]
             rows = [
-                [name, harness.number(s.median() / 1000), f"{harness.ratio(s, baseline).median():.2f}"]
+                [name, harness.number(s.median() / 1000),
+                 *(f"{harness.ratio(s, baseline).median():.2f}" for baseline in (python, c))]
                 for name, s in results.items()
-            ]
+            ]  # fmt: skip
             title = f"{direction}, {len(FRAME)}-byte frames, one pair"
-            print(harness.table(["", "thousand/s", "ratio"], rows, title))
+            print(harness.table(["", "thousand/s", "/ Python's", "/ C's"], rows, title))
             report[direction] = {name: samples.as_json() for name, samples in results.items()}
     return report
 

@@ -127,3 +127,17 @@ def test_messages_that_are_refused() -> None:
             IotlbMessage(IotlbType.BATCH_BEGIN).write(net.fd, v2=True, name=net.name)
         with pytest.raises(ValueError, match="IOTLB_MSG_V2"):
             IotlbMessage(IotlbType.UPDATE, asid=1).write(net.fd, v2=False, name=net.name)
+
+
+def test_messages_of_version_1(no_leaks: None) -> None:
+    with Translated() as net, packet_socket("lo") as wire:
+        net.set_backend_features(0)
+        net.attach(wire)
+        with BareNic(net) as nic:
+            (region,) = nic.memory
+            at = nic.data_addr + 16 * PAGE
+            nic.send(at, frame(7))
+            miss = wait_for_miss(net, [])
+            assert (miss.iova, miss.asid) == (at, 0)
+            net.iotlb_update(at, PAGE, region.host_addr + (at - region.guest_addr))
+            assert wire.recv(2000) == frame(7)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,3 +197,71 @@ def test_memory_that_goes_under_a_ring(disk: Path) -> None:
         with vhost.drivers.Blk(ops) as again:
             assert again.read(8, 1) == b"\x5a" * 512
     assert daemon.kill(signal.SIGTERM) == 0
+
+
+def test_a_new_size_reaches_vhost_vdpa(disk: Path) -> None:
+    daemon = Daemon(disk)
+    seen: list[int] = []
+    with vdpa_bus.vhost_vdpa(NAME, "vduse") as path, vhost.kernel.VhostVdpa(path) as ops:
+        with vhost.drivers.Blk(ops) as driver:
+            ops.on_config_change = lambda: seen.append(driver.read_config().capacity)
+            assert ops.get_config_size() >= 60
+            os.truncate(disk, 2 * SIZE)
+            daemon.process.send_signal(signal.SIGHUP)
+            while not seen:
+                assert select.select([ops], [], [], 20)[0], "no news"
+                ops.step()
+            assert seen[-1] == driver.capacity == 2 * SIZE // 512
+            driver.write(SIZE // 512, b"\x11" * 512)
+            assert driver.read(SIZE // 512, 1) == b"\x11" * 512
+    assert daemon.kill(signal.SIGTERM) == 0
+
+
+@contextmanager
+def served(disk: Path, **options: Any) -> Iterator[vhost.kernel.VduseBackend]:
+    """By a thread of this process: what waits for the daemon does so without the GIL."""
+    device = vhost.devices.Blk(disk, handler="python")
+    with vhost.kernel.VduseBackend(device, NAME, **options) as backend:
+        ends = threading.Event()
+
+        def serve() -> None:
+            while not ends.is_set():
+                select.select([backend], [], [], 0.2)
+                backend.step()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield backend
+        finally:
+            ends.set()
+            thread.join()
+    device.close()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_python_handler_and_both_rings(disk: Path, packed: bool, kernel_release: str) -> None:
+    with served(disk, packed=packed) as backend:
+        with vdpa_bus.vhost_vdpa(NAME, "vduse") as path, vhost.kernel.VhostVdpa(path) as ops:
+            assert bool(ops.get_features() & vhost.VirtioF.RING_PACKED) == packed
+            with vhost.drivers.Blk(ops, packed=packed, queue_size=64) as driver:
+                if int(kernel_release.split(".")[0]) >= 7:
+                    assert ops.get_vring_size(0) == 64
+                data = os.urandom(64 << 10)
+                driver.write(8, data)
+                assert driver.read(8, len(data) // 512) == data
+        assert backend.error is None
+    assert disk.read_bytes()[4096 : 4096 + len(data)] == data
+    assert not Path("/dev/vduse", NAME).exists()
+
+
+def test_packed_rings_are_not_taken_over(disk: Path) -> None:
+    with served(disk, packed=True):
+        with vdpa_bus.vhost_vdpa(NAME, "vduse") as path, vhost.kernel.VhostVdpa(path) as ops:
+            with vhost.drivers.Blk(ops, packed=True) as driver:
+                driver.read(0, 1)
+                second = vhost.devices.Blk(null_size=SIZE)
+                with pytest.raises((vhost.InvalidQueue, vhost.IoctlError)):
+                    vhost.kernel.VduseBackend(second, NAME, packed=True)
+                second.close()
+                assert driver.read(0, 1) == bytes(512)

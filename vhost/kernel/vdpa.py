@@ -35,7 +35,7 @@ class VhostVdpa(KernelVhost):
     transport_features: ClassVar[int] = int(VirtioF.ACCESS_PLATFORM)
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/vhost-vdpa-0", *, owner: bool = True) -> None:
-        self._config_call = -1
+        self._config_call = self._call_on_change = -1
         self._mapped: dict[int, tuple[Region, ...]] = {}
         super().__init__(path, owner=owner)
 
@@ -78,8 +78,11 @@ class VhostVdpa(KernelVhost):
     def set_status(self, status: int) -> None:
         k.VDPA_SET_STATUS(self.fd, status)
         self._status = status
-        if not status and not self.backend_features & _PERSIST:
-            self._map_again()
+        if not status:
+            # Devices forget this with a reset, vhost-vdpa does not.
+            self._tell_config_call()
+            if not self.backend_features & _PERSIST:
+                self._map_again()
 
     def _stop(self, index: int | None = None) -> None:
         if self._status:
@@ -89,7 +92,11 @@ class VhostVdpa(KernelVhost):
     def set_config_call(self, fd: int | None) -> None:
         """The eventfd that tells of a new configuration. By default it is one of our own, which ``step()``
         watches to call ``on_config_change``."""
-        k.VDPA_SET_CONFIG_CALL(self.fd, -1 if fd is None else fd)
+        self._call_on_change = -1 if fd is None else fd
+        self._tell_config_call()
+
+    def _tell_config_call(self) -> None:
+        k.VDPA_SET_CONFIG_CALL(self.fd, self._call_on_change)
 
     def suspend(self) -> None:
         """Stop processing, between DRIVER_OK and a reset; rings keep their place, for ``get_vring_base``."""
