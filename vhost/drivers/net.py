@@ -29,7 +29,7 @@ from vhost.drivers.net_features import (
     without_unmet,
 )
 from vhost.errors import InactiveFeature, ReplyTimeout, VhostError
-from vhost.features import NetF, VirtioF, feature_names
+from vhost.features import NetF, VirtioF
 from vhost.ops import VhostOps
 from vhost.virtio_net import ETH_MIN_MTU, NetConfig, NetCtrlRx, NetHeader, NetStatus, header_size
 
@@ -201,14 +201,11 @@ class Net(Driver):
         the rings meanwhile."""
         for queue in self.queues:
             self.ops.set_vring_enable(queue.index, False)
-        _attach(self.ops, backend)
-        missing = self.negotiated & ~self.ops.get_features()
-        if missing:
-            names = " ".join(feature_names(missing, self.names, VirtioF))
-            raise InactiveFeature(f"the new backend does not offer {names}")
-        self.ops.set_features(self.negotiated)
-        for queue in self.queues:
-            self.ops.set_vring_enable(queue.index, True)
+        try:
+            _attach(self.ops, backend)
+        finally:  # on the old one, if the new one was refused
+            for queue in self.queues:
+                self.ops.set_vring_enable(queue.index, True)
 
     # -- what the device is ------------------------------------------------------------------------
 

@@ -14,11 +14,19 @@ import errno
 import os
 import select
 from collections.abc import Callable, Iterator
+from enum import IntFlag
 from typing import ClassVar
 
 from vhost._ring import ring_areas
 from vhost.dirty_log import DirtyLog
-from vhost.errors import InvalidLogAddress, InvalidQueue, IoctlError, UnsupportedRequest, VhostError
+from vhost.errors import (
+    InactiveFeature,
+    InvalidLogAddress,
+    InvalidQueue,
+    IoctlError,
+    UnsupportedRequest,
+    VhostError,
+)
 from vhost.features import BackendF, Status, VhostF, VirtioF, VringF, feature_names
 from vhost.kernel import ioctls as k
 from vhost.kernel.iotlb import Access, IotlbMessage, IotlbType
@@ -63,6 +71,8 @@ class KernelVhost(VhostOps):
     #: What the device is called, in messages and in the table of ioctls.
     kind: ClassVar[str] = ""
     node: ClassVar[k.Node]
+    #: What its own feature bits are called.
+    names: ClassVar[type[IntFlag]] = VirtioF
     #: Rings of one descriptor.
     rings_per_fd: ClassVar[int] = 2
 
@@ -195,8 +205,8 @@ class KernelVhost(VhostOps):
         and it cannot be taken back."""
         foreign = features & ~self.get_features()
         if foreign:
-            names = " ".join(feature_names(foreign, VirtioF))
-            raise UnsupportedRequest(f"{self.name}: features {foreign:#x} ({names}) were not offered")
+            names = " ".join(feature_names(foreign, self.names, VirtioF))
+            raise InactiveFeature(f"{self.name} does not offer {names}", request="SET_FEATURES")
         translates = bool(features & _ACCESS_PLATFORM)
         if self._behind_iotlb and not translates:
             raise VhostError(

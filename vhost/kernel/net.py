@@ -8,6 +8,7 @@ segmentation) is the backend's matter, so its features are offered here as the d
 from __future__ import annotations
 
 import os
+from enum import IntFlag
 from typing import ClassVar, Protocol, runtime_checkable
 
 from vhost.errors import VhostError
@@ -51,6 +52,7 @@ class VhostNet(KernelVhost):
     module: ClassVar[str] = "vhost_net"
     kind: ClassVar[str] = "vhost-net"
     node: ClassVar[k.Node] = k.Node.NET
+    names: ClassVar[type[IntFlag]] = NetF
 
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, queue_pairs: int = 1, owner: bool = True
@@ -62,7 +64,8 @@ class VhostNet(KernelVhost):
 
     def attach(self, *backends: Offloads | HasFileno | int) -> None:
         """What the rings run on once they are enabled: a ``Tap`` with a queue for each pair, or a packet
-        socket or descriptor for each. They stay the caller's, and open."""
+        socket or descriptor for each. They stay the caller's, and open. InactiveFeature, and nothing
+        changes, if they cannot do what was acknowledged already."""
         offloads, fds = None, []
         for backend in backends:
             if isinstance(backend, int):
