@@ -97,7 +97,8 @@ class KernelVhost(VhostOps):
         """Where each ring is: guest addresses."""
         # What the kernel may still use though we were told of something newer: it neither asks nor tells.
         self._held: dict[int, GuestMemory] = {}
-        self._kept: list[GuestMemory | DirtyLog] = []
+        self._unsure: list[GuestMemory] = []
+        self._dirty_logs: list[DirtyLog] = []
         self._logs = False
         self._behind_iotlb = False
         self._listens = False
@@ -174,7 +175,7 @@ class KernelVhost(VhostOps):
         self._listen_for_misses(False)
         self.features = self._status = 0
         self.memory = GuestMemory()
-        for forgotten in (self._nums, self._areas, self._held, self._kept):
+        for forgotten in (self._nums, self._areas, self._held, self._unsure, self._dirty_logs):
             forgotten.clear()
 
     def get_backend_features(self) -> int:
@@ -257,11 +258,12 @@ class KernelVhost(VhostOps):
     def set_mem_table(self, memory: GuestMemory) -> None:
         """Rings that run go on in the new memory; InvalidQueue, and nothing changes, if one is not in it."""
         if self._logs:
-            self._check_log(self._log, memory)
+            self._check_log(self._dirty_logs[-1], memory)
         lost = self._lost_in(memory)
-        self._kept.append(memory)  # should one of several descriptors refuse it, others have it
         for fd in self.fds:
             k.SET_MEM_TABLE(fd, memory)
+            if fd == self.fds[0]:  # from here on, until all of it is done, the kernel uses both
+                self._unsure += [self.memory, memory]
         # A ring that is stopped stays where it was until it is placed anew.
         self._held.update({index: self.memory for index in lost if index not in self._held})
         self.memory = memory
@@ -269,7 +271,7 @@ class KernelVhost(VhostOps):
             for index in self._areas:
                 if index not in self._held:
                     self._tell_areas(index)
-        self._kept.remove(memory)
+        self._unsure.clear()
 
     def _lost_in(self, memory: GuestMemory) -> list[int]:
         lost = []
@@ -372,14 +374,10 @@ class KernelVhost(VhostOps):
         """Where to mark pages that the device writes, from LOG_ALL on. It has to cover the memory table, and
         stays mapped until ``close()``: the kernel cannot be told to forget it."""
         self._check_log(log, self.memory)
-        self._kept.append(log)
+        self._dirty_logs.append(log)  # even what fails may have told some rings
         for fd in self.fds:
             k.SET_LOG_BASE(fd, log.addr)
-        self._kept = [old for old in self._kept if not isinstance(old, DirtyLog) or old is log]
-
-    @property
-    def _log(self) -> DirtyLog:
-        return [kept for kept in self._kept if isinstance(kept, DirtyLog)][-1]
+        self._dirty_logs = [log]
 
     def set_log_fd(self, fd: int | None) -> None:
         """An eventfd that is signalled when the log changed."""
@@ -485,7 +483,8 @@ class KernelVhost(VhostOps):
             os.close(fd)
         self.memory = GuestMemory()
         self._held.clear()
-        self._kept.clear()
+        self._unsure.clear()
+        self._dirty_logs.clear()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
