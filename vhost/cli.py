@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhost.errors import VhostError
+from vhost.features import ProtocolF
 
 if TYPE_CHECKING:
     from vhost.devices.base import Device
@@ -51,6 +52,18 @@ def size(text: str) -> int:
     return value
 
 
+def protocol_features(text: str) -> int:
+    """A mask of vhost-user protocol features, from names with commas between them."""
+    mask = 0
+    for name in text.split(","):
+        feature = ProtocolF.__members__.get(name.strip().upper().replace("-", "_"))
+        if feature is None:
+            known = ", ".join(member.lower().replace("_", "-") for member in ProtocolF.__members__)
+            raise argparse.ArgumentTypeError(f"{name!r} is no protocol feature; they are {known}")
+        mask |= feature
+    return int(mask)
+
+
 def parser() -> argparse.ArgumentParser:
     about = "vhost for Python: serve, probe and drive virtio devices."
     top = argparse.ArgumentParser(prog="vhost", description=about)
@@ -68,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         where.add_argument("--socket-path", metavar="PATH", help="listen on this Unix socket")
         where.add_argument("--fd", type=int, metavar="FDNUM", help="serve this inherited socket")
         where.add_argument("--vduse", metavar="NAME", help="serve this kernel, as the VDUSE device NAME")
+        device.add_argument(
+            "--without",
+            type=protocol_features,
+            default=0,
+            metavar="FEATURE,...",
+            help="vhost-user protocol features not to offer, e.g. inflight-shmfd,mq",
+        )
         device.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
     blk.add_argument("--blk-file", metavar="PATH", help="file or block device to serve")
     blk.add_argument("--null-size", type=size, metavar="BYTES", help="serve a null device instead")
@@ -179,7 +199,7 @@ def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> in
 
     with (
         wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup,
-        Server(factory, args.socket_path, fd=args.fd) as server,
+        Server(factory, args.socket_path, fd=args.fd, without=args.without) as server,
     ):
         where = args.socket_path or f"fd {args.fd}"
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
