@@ -273,7 +273,11 @@ def test_asyncio_client_mode_reconnects(tmp_path: Path, no_leaks: None) -> None:
 
 def test_config_changes_from_any_thread(tmp_path: Path, no_leaks: None) -> None:
     device = vhost.devices.Blk(null_size=1 << 20)
-    with h.served(device, tmp_path / "s"), vhost.Frontend.connect(tmp_path / "s") as frontend:
+    with (
+        h.served(device, tmp_path / "s"),
+        vhost.Frontend.connect(tmp_path / "s") as frontend,
+        vhost.drivers.Blk(frontend),
+    ):
         seen: list[int] = []
 
         def look() -> None:
