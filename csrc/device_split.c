@@ -8,6 +8,7 @@
 #include "chain_build.h"
 #include "device_fill.h"
 #include "ring_impl.h"
+#include "virtqueue_log.h"
 
 static inline uint16_t *used_event(const struct virtqueue *vq)
 {
@@ -169,9 +170,14 @@ void split_flush(struct virtqueue *vq)
 
 	if (!count)
 		return;
+	if (unlikely(vq->log))
+		virtqueue_mark_elements(vq, vq->log->used + offsetof(struct vring_used, ring),
+					sizeof(struct vring_used_elem), vq->used & (vq->num - 1), count);
 	vq->used = vq->staged;
 	/* Pairs with the driver's acquire of used.idx: the elements, and the data, are there. */
 	STORE_RELEASE(vq->split.used->idx, vq->used);
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, offsetof(struct vring_used, idx), sizeof(vq->used));
 	device_flushed(vq, count);
 }
 
@@ -196,11 +202,23 @@ bool split_should_notify(struct virtqueue *vq)
 	       vring_need_event(READ_ONCE(*used_event(vq)), vq->used, (uint16_t)(vq->used - count));
 }
 
+/* Whether and when we want kicks was written to the used ring. */
+static void mark_wish(struct virtqueue *vq)
+{
+	virtqueue_mark_used(vq,
+			    vq->event_idx ? offsetof(struct vring_used, ring[vq->num]) :
+					    offsetof(struct vring_used, flags),
+			    sizeof(uint16_t));
+}
+
 void split_disable_notification(struct virtqueue *vq)
 {
 	/* With EVENT_IDX an event index that stays behind suppresses kicks by itself (2.7.10). */
-	if (!vq->event_idx)
-		WRITE_ONCE(vq->split.used->flags, VRING_USED_F_NO_NOTIFY);
+	if (vq->event_idx)
+		return;
+	WRITE_ONCE(vq->split.used->flags, VRING_USED_F_NO_NOTIFY);
+	if (unlikely(vq->log))
+		mark_wish(vq);
 }
 
 bool split_enable_notification(struct virtqueue *vq)
@@ -209,6 +227,8 @@ bool split_enable_notification(struct virtqueue *vq)
 		WRITE_ONCE(*avail_event(vq), vq->last_avail);
 	else
 		WRITE_ONCE(vq->split.used->flags, 0);
+	if (unlikely(vq->log))
+		mark_wish(vq);
 	/* Our wish before the last look at avail.idx; pairs with the barrier between the driver's
 	 * publishing and its reading of the wish. */
 	FULL_BARRIER();
