@@ -124,6 +124,7 @@ cdef extern from "virtqueue.h" nogil:
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
 
     struct virtqueue:
         uint32_t num
@@ -131,6 +132,7 @@ cdef extern from "virtqueue.h" nogil:
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
         bint notify_off
         uint32_t inuse
         virtqueue_fault_report report
