@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The command line: ``python -m vhost``, installed as ``vhost``.
+"""``vhost serve``: a device as a vhost-user back-end, or for this kernel.
 
-Knows how to turn arguments into the library's objects and its answers into text; everything else
-is in the library. `serve` follows the back-end program conventions of the vhost-user
-specification ("Backend program conventions").
+Follows the back-end program conventions of the vhost-user specification ("Backend program
+conventions").
 """
 
 from __future__ import annotations
@@ -11,20 +10,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
-import os
 import selectors
 import signal
-import socket
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from vhost.errors import VhostError
+from vhost.cli.arguments import size, wakeup_on
 
 if TYPE_CHECKING:
+    from vhost.cli.arguments import Commands
     from vhost.devices.base import Device
 
 # What --print-capabilities says: QEMU's vhost-user.json, BackendCapabilities.
@@ -33,30 +29,8 @@ CAPABILITIES = {
     "rng": {"type": "rng"},
 }
 
-IOCTL_COLUMNS = ("type", "nr", "name", "direction", "size", "devices", "feature", "doc")
-MESSAGE_COLUMNS = ("id", "name", "sender", "request", "reply", "fds", "feature", "live", "doc")
-"""What fits a terminal; --json has all of a row."""
 
-
-def size(text: str) -> int:
-    """Bytes, with an optional K, M, G or T (powers of 1024)."""
-    units = {"K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
-    try:
-        value = int(number) << units.get(unit, 0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1073741824 or 1G") from None
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"size {text!r} is not positive")
-    return value
-
-
-def parser() -> argparse.ArgumentParser:
-    about = "vhost for Python: serve, probe and drive virtio devices."
-    top = argparse.ArgumentParser(prog="vhost", description=about)
-    top.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice: every message")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
+def add_commands(commands: Commands) -> None:
     serve = commands.add_parser(
         "serve", help="run a device as a vhost-user back-end, or for this kernel by VDUSE"
     )
@@ -80,28 +54,6 @@ def parser() -> argparse.ArgumentParser:
     blk.set_defaults(factory=blk_factory)
     rng.set_defaults(factory=rng_factory)
     serve.set_defaults(run=run_serve)
-
-    probe = commands.add_parser("probe", help="show what a back-end offers")
-    probe.add_argument(
-        "socket", metavar="SOCKET", help="of a vhost-user back-end, or a node such as /dev/vhost-net"
-    )
-    probe.add_argument("--json", action="store_true", help="as JSON")
-    probe.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default 5")
-    probe.set_defaults(run=run_probe)
-
-    messages = commands.add_parser("messages", help="show the table of vhost-user messages")
-    messages.add_argument("--json", action="store_true", help="as JSON")
-    messages.set_defaults(run=run_messages)
-
-    ioctls = commands.add_parser("ioctls", help="show the table of the kernel's vhost, vDPA and VDUSE ioctls")
-    ioctls.add_argument("--json", action="store_true", help="as JSON")
-    ioctls.set_defaults(run=run_ioctls)
-
-    demo = commands.add_parser("demo", help="serve a disk and drive it from another process, no VM needed")
-    demo.add_argument("--size", type=size, default=64 << 20, metavar="BYTES", help="disk size (default 64M)")
-    demo.add_argument("--seconds", type=float, default=2.0, metavar="N", help="measure this long (default 2)")
-    demo.set_defaults(run=run_demo)
-    return top
 
 
 def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
@@ -133,24 +85,6 @@ def rng_factory(args: argparse.Namespace) -> Callable[[], Device]:
     from vhost.devices.rng import Rng
 
     return Rng
-
-
-@contextlib.contextmanager
-def wakeup_on(*signals: signal.Signals) -> Iterator[socket.socket]:
-    """A socket that becomes readable with the number of each of these signals."""
-    reader, writer = socket.socketpair()
-    reader.setblocking(False)
-    writer.setblocking(False)
-    old = {number: signal.signal(number, lambda *_: None) for number in signals}
-    old_fd = signal.set_wakeup_fd(writer.fileno())
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(old_fd)
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        reader.close()
-        writer.close()
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -227,72 +161,3 @@ def refresh(devices: Iterable[Device]) -> None:
             device.refresh()
         except OSError as error:
             print(f"vhost: {error}", file=sys.stderr, flush=True)
-
-
-def run_probe(args: argparse.Namespace) -> int:
-    from vhost.kernel.probe import format_node, probe_node
-    from vhost.probe import format_report, probe
-
-    if Path(args.socket).is_char_device():
-        report = probe_node(args.socket)
-        text = format_node(report)
-    else:
-        report = probe(args.socket, timeout=args.timeout)
-        text = format_report(report)
-    print(json.dumps(report, indent=2) if args.json else text)
-    return 0
-
-
-def run_messages(args: argparse.Namespace) -> int:
-    from vhost.user.messages import table_rows
-
-    show_table(table_rows(), MESSAGE_COLUMNS, args.json)
-    return 0
-
-
-def run_ioctls(args: argparse.Namespace) -> int:
-    from vhost.kernel.ioctls import table_rows
-
-    show_table(table_rows(), IOCTL_COLUMNS, args.json)
-    return 0
-
-
-def show_table(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in columns[:-1]}
-    for row in ({name: name for name in columns}, *rows):
-        cells = [_cell(row[name]).ljust(widths[name]) for name in columns[:-1]]
-        print("  ".join([*cells, _cell(row[columns[-1]])]).rstrip())
-
-
-def _cell(value: object) -> str:
-    """For the eye: yes or nothing, and features without the prefix that all of them have."""
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return str(value).removeprefix("VHOST_USER_").removeprefix("PROTOCOL_F_").removeprefix("VHOST_BACKEND_F_")
-
-
-def run_demo(args: argparse.Namespace) -> int:
-    from vhost.demo import demo
-
-    demo(size=args.size, seconds=args.seconds)
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
-    try:
-        result: int = args.run(args)
-        sys.stdout.flush()
-        return result
-    except BrokenPipeError:
-        # `vhost messages | head` is no error; keep the interpreter from flushing into the pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (VhostError, OSError) as error:
-        print(f"vhost: {error}", file=sys.stderr)
-        return 1
