@@ -22,6 +22,7 @@ CORE = [
     "csrc/chain.c",
     "csrc/virtqueue.c",
     "csrc/device_split.c",
+    "csrc/device_split_swapped.c",
     "csrc/device_packed.c",
     "csrc/driver_split.c",
     "csrc/driver_packed.c",

@@ -11,7 +11,9 @@
 
 #include "ring_impl.h"
 
-#define FORMAT(q, call) ((q)->is_packed ? packed_##call : split_##call)
+#define FORMAT(q, call)                                                                            \
+	((q)->is_packed ? packed_##call : likely(!(q)->swapped) ? split_##call : swapped_##call)
+#define DRIVER_FORMAT(q, call) ((q)->is_packed ? packed_##call : split_##call)
 
 static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_OK] = "no fault",
@@ -60,11 +62,12 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	int rc;
 
 	memset(vq, 0, sizeof(*vq));
-	if (!valid_num(cfg->num, cfg->packed))
+	if (!valid_num(cfg->num, cfg->packed) || (cfg->packed && cfg->swapped))
 		return -EINVAL;
 	vq->mem = cfg->mem;
 	vq->num = cfg->num;
 	vq->is_packed = cfg->packed;
+	vq->swapped = cfg->swapped;
 	vq->indirect = cfg->indirect;
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
@@ -188,7 +191,7 @@ int driver_queue_init(struct driver_queue *dq, const struct driver_config *cfg)
 	dq->slots = calloc(dq->num, sizeof(*dq->slots));
 	if (!dq->slots)
 		return -ENOMEM;
-	rc = FORMAT(dq, driver_init)(dq, cfg);
+	rc = DRIVER_FORMAT(dq, driver_init)(dq, cfg);
 	if (rc)
 		driver_queue_destroy(dq);
 	return rc;
@@ -202,7 +205,7 @@ void driver_queue_destroy(struct driver_queue *dq)
 
 uint32_t driver_queue_base(const struct driver_queue *dq)
 {
-	return FORMAT(dq, driver_base)(dq);
+	return DRIVER_FORMAT(dq, driver_base)(dq);
 }
 
 int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out,
@@ -210,37 +213,37 @@ int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, uns
 {
 	struct virtqueue_request req = { bufs, out, in, token };
 
-	return FORMAT(dq, add)(dq, &req);
+	return DRIVER_FORMAT(dq, add)(dq, &req);
 }
 
 int virtqueue_add_batch(struct driver_queue *dq, const struct virtqueue_request *reqs, unsigned n)
 {
-	return FORMAT(dq, add_batch)(dq, reqs, n);
+	return DRIVER_FORMAT(dq, add_batch)(dq, reqs, n);
 }
 
 bool virtqueue_kick_prepare(struct driver_queue *dq)
 {
-	return FORMAT(dq, kick_prepare)(dq);
+	return DRIVER_FORMAT(dq, kick_prepare)(dq);
 }
 
 int virtqueue_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
 {
 	if (unlikely(dq->report.fault))
 		return -1;
-	return FORMAT(dq, get_buf)(dq, token, written);
+	return DRIVER_FORMAT(dq, get_buf)(dq, token, written);
 }
 
 void virtqueue_disable_cb(struct driver_queue *dq)
 {
-	FORMAT(dq, disable_cb)(dq);
+	DRIVER_FORMAT(dq, disable_cb)(dq);
 }
 
 bool virtqueue_enable_cb(struct driver_queue *dq)
 {
-	return FORMAT(dq, enable_cb)(dq);
+	return DRIVER_FORMAT(dq, enable_cb)(dq);
 }
 
 bool virtqueue_more_used(struct driver_queue *dq)
 {
-	return FORMAT(dq, more_used)(dq);
+	return DRIVER_FORMAT(dq, more_used)(dq);
 }

@@ -73,6 +73,7 @@ struct virtqueue_config {
 	uint32_t num;
 	uint32_t base; /* of SET_VRING_BASE; packed: both indices and wraps, 0x80008000 when new */
 	bool packed, indirect, event_idx, in_order;
+	bool swapped; /* split only: a legacy driver of the other byte order (2.7.3) */
 };
 
 /* Per head (split) or buffer id (packed); small, for the cache's sake. */
@@ -103,6 +104,7 @@ struct virtqueue {
 	};
 	uint32_t num;
 	bool is_packed, indirect, event_idx, in_order;
+	bool swapped; /* the ring is in the other byte order */
 	/* Split: free-running 16-bit indices. Packed: positions, each with its wrap counter. */
 	uint16_t last_avail;   /* next to pop */
 	uint16_t shadow_avail; /* split: avail.idx as last read */
@@ -123,9 +125,9 @@ struct virtqueue {
 	struct virtqueue_log *log; /* NULL: nothing is logged; see virtqueue_log.h */
 };
 
-/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range), -ENOMEM. Split:
- * the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a predecessor
- * left in the ring; work that is there already comes without one. */
+/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range; packed and swapped),
+ * -ENOMEM. Split: the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a
+ * predecessor left in the ring; work that is there already comes without one. */
 int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg);
 void virtqueue_destroy(struct virtqueue *vq);
 

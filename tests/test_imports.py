@@ -78,6 +78,8 @@ NOT_PURE = frozenset(
 APART = [
     ("vhost.user.frontend", "vhost.user.backend"),
     ("vhost.user.backend", "vhost.user.frontend"),
+    ("vhost.user.frontend_base", "vhost.user.backend"),
+    ("vhost.user.handlers", "vhost.user.frontend_base"),
     ("vhost.devices", "vhost.drivers"),
     ("vhost.drivers", "vhost.devices"),
     ("vhost.kernel", "vhost.user"),

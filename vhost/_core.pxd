@@ -124,6 +124,7 @@ cdef extern from "virtqueue.h" nogil:
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
 
     struct virtqueue_log
 
@@ -133,6 +134,7 @@ cdef extern from "virtqueue.h" nogil:
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
         bint notify_off
         uint32_t inuse
         virtqueue_fault_report report

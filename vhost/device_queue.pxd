@@ -43,5 +43,7 @@ cdef class DeviceQueue:
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
     cdef int give(self, Chain chain, object written) except -1
-    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff
+    cdef uint32_t choose_base(
+        self, base, bint packed, bint big_endian, vring_used *used
+    ) except? 0xffffffff
     cdef int tell_driver(self) except -1

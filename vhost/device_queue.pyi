@@ -39,6 +39,7 @@ class DeviceQueue:
         indirect: bool = True,
         event_idx: bool = False,
         in_order: bool = False,
+        big_endian: bool = False,
         base: int | None = None,
         user_addresses: bool = False,
         kick: int = -1,
@@ -49,6 +50,9 @@ class DeviceQueue:
         name: str = "queue",
     ) -> None:
         """``packed``: ``avail`` is the driver's and ``used`` the device's event suppression area.
+
+        ``big_endian``: a split ring of a legacy driver in that byte order (VIRTIO 2.7.3), as are then what
+        its requests and its configuration space have of numbers: those are the device's business.
 
         ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none). With ``call_vq``,
         ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
@@ -72,6 +76,8 @@ class DeviceQueue:
     def event_idx(self) -> bool: ...
     @property
     def in_order(self) -> bool: ...
+    @property
+    def big_endian(self) -> bool: ...
     @property
     def memory(self) -> GuestMemory: ...
     def __iter__(self) -> Iterator[Chain]: ...

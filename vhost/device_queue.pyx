@@ -52,6 +52,7 @@ cdef class DeviceQueue:
         bint indirect=True,
         bint event_idx=False,
         bint in_order=False,
+        bint big_endian=False,
         base=None,
         bint user_addresses=False,
         int kick=-1,
@@ -82,6 +83,8 @@ cdef class DeviceQueue:
         self.serial = last_serial
 
         check_num(name, num, packed)
+        if packed and big_endian:
+            raise InvalidQueue(f"{name}: a packed ring is little-endian")  # no legacy driver has one
         find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
         cfg.mem = memory.c
         cfg.num = num
@@ -89,7 +92,8 @@ cdef class DeviceQueue:
         cfg.indirect = indirect
         cfg.event_idx = event_idx
         cfg.in_order = in_order
-        cfg.base = self.choose_base(base, packed, <vring_used *>cfg.areas.used)
+        cfg.swapped = big_endian
+        cfg.base = self.choose_base(base, packed, big_endian, <vring_used *>cfg.areas.used)
         rc = virtqueue_init(&self.vq, &cfg)
         if rc == -ENOMEM:
             raise MemoryError
@@ -112,10 +116,16 @@ cdef class DeviceQueue:
         if self.ready:
             virtqueue_destroy(&self.vq)
 
-    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff:
+    cdef uint32_t choose_base(
+        self, base, bint packed, bint big_endian, vring_used *used
+    ) except? 0xffffffff:
+        cdef uint16_t idx
         if base is None:
             # Nobody said, as old front-ends do: what was published is where it goes on.
-            return 0x80008000 if packed else READ_ONCE(used.idx)
+            if packed:
+                return 0x80008000
+            idx = READ_ONCE(used.idx)
+            return <uint16_t>(idx << 8 | idx >> 8) if big_endian else idx
         if not 0 <= base <= (0xffffffff if packed else 0xffff):
             raise InvalidQueue(f"{self.name}: base {base:#x} does not fit its {32 if packed else 16} bits")
         if packed and base <= 0xffff:
@@ -143,6 +153,10 @@ cdef class DeviceQueue:
     @property
     def in_order(self):
         return self.vq.in_order
+
+    @property
+    def big_endian(self):
+        return self.vq.swapped
 
     @property
     def base(self):

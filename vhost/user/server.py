@@ -34,6 +34,7 @@ class Server:
 
     ``client``: connect to a front-end that listens on ``path``, and again ``reconnect`` seconds after
     a session ended or could not begin. ``max_connections``: more than that many wait to be accepted.
+    ``without``: protocol features, a mask of ProtocolF, that its sessions do not offer.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Server:
         client: bool = False,
         max_connections: int = 64,
         reconnect: float = 0.5,
+        without: int = 0,
     ) -> None:
         if (path is None) == (fd is None):
             raise ValueError("one of path and fd is needed")
@@ -55,6 +57,7 @@ class Server:
         self.client = client
         self.max_connections = max_connections
         self.reconnect = reconnect
+        self.without = int(without)
         self.backends: dict[int, Backend] = {}
         """The sessions, by the descriptor that each is polled by."""
         self.closed = False
@@ -162,7 +165,7 @@ class Server:
         device: Device | None = None
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
-            backend = Backend(device, sock)
+            backend = Backend(device, sock, without=self.without)
         except BaseException:
             sock.close()
             if device is not None:
