@@ -4,5 +4,7 @@ from vhost.memory cimport Region
 
 
 cdef class DirtyLog:
-    cdef readonly Region region  # keeps the map mapped; its addresses mean nothing
+    cdef readonly Region region  # keeps `c` mapped; its addresses mean nothing
     cdef dirty_log c
+
+    cdef int use(self, Region region) except -1

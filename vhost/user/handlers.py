@@ -61,6 +61,9 @@ class Handlers(DeviceSession):
             self._close_events()
             raise
 
+    def _let_go(self) -> None:
+        """What an area has, it closes in a method of its own, which calls this one."""
+
     @abstractmethod
     def set_channel(self, channel: BackendChannel) -> None:
         """The front-end listens to our requests on this one from now on."""
