@@ -10,7 +10,8 @@ from __future__ import annotations
 from vhost.errors import InactiveFeature, InvalidGuestMemory, InvalidMessage
 from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
-from vhost.user.frontend_base import WANTED, FrontendBase
+from vhost.user.frontend_base import WANTED
+from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
     U64,
@@ -33,7 +34,7 @@ _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _MQ = int(ProtocolF.MQ)
 
 
-class Frontend(FrontendBase):
+class Frontend(FrontendState):
     """A session with a back-end, negotiated as far as the transport goes.
 
     ``protocol_features`` is what both sides have; ``offered_features`` what GET_FEATURES said.

@@ -37,6 +37,7 @@ WANTED = (
     | ProtocolF.STATUS
     | ProtocolF.MTU
     | ProtocolF.RARP
+    | ProtocolF.DEVICE_STATE
 )
 RETRY_PAUSE = 0.05
 MESSAGES_PER_LOOK = 16
