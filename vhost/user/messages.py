@@ -240,10 +240,11 @@ _FRONTEND_ROWS = (
            policy=_ALWAYS, reply_fds=OPTIONAL_FD, refusal=EMPTY, feature=ProtocolF.SHARED_OBJECT),
     _front(_F.SET_DEVICE_STATE_FD, "Pipe for the device's state; the reply may bring another one.",
            request=p.DeviceState, reply=U64, policy=_ALWAYS, fds=ONE_FD, reply_fds=FD_UNLESS_NOFD,
-           refusal=U64(NOFD | 1), feature=ProtocolF.DEVICE_STATE, section="Migrating back-end state"),
+           refusal=U64(NOFD | 1), feature=ProtocolF.DEVICE_STATE, section="Migrating back-end state",
+           live=True),
     _front(_F.CHECK_DEVICE_STATE, "Whether the state was transferred; the reply is a status.",
            reply=U64, policy=_ALWAYS, refusal=U64(1), feature=ProtocolF.DEVICE_STATE,
-           section="Migrating back-end state"),
+           section="Migrating back-end state", live=True),
     _front(_F.GET_SHMEM_CONFIG, "Sizes of the shared memory regions.",
            reply=p.ShmemConfig, policy=_ALWAYS, refusal=p.ShmemConfig(), feature=ProtocolF.SHMEM_MAP),
 )  # fmt: skip
