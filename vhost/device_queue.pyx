@@ -10,6 +10,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from vhost._core cimport *
 from vhost._ring cimport check_num, fault_reason, find_areas, signal, tell
@@ -86,6 +87,7 @@ cdef class DeviceQueue:
         check_num(name, num, packed)
         if packed and big_endian:
             raise InvalidQueue(f"{name}: a packed ring is little-endian")  # no legacy driver has one
+        memset(&cfg, 0, sizeof(cfg))
         find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
         cfg.mem = memory.c
         cfg.num = num
