@@ -68,6 +68,7 @@ cdef class DeviceQueue:
         cdef virtqueue_config cfg
         cdef uint32_t slots = 2
 
+        memset(&cfg, 0, sizeof(cfg))
         self.memory = memory
         self.name = name
         self.index = index
