@@ -30,6 +30,8 @@ CORE = [
     "csrc/driver_split.c",
     "csrc/driver_packed.c",
     "csrc/sigbus.c",
+    "csrc/dirty_log.c",
+    "csrc/virtqueue_log.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -13,6 +13,7 @@
 #include "device_pop.h"
 #include "packed_ring.h"
 #include "ring_impl.h"
+#include "virtqueue_log.h"
 
 int packed_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 {
@@ -210,16 +211,26 @@ int packed_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return device_fill(vq, id, written, packed_stage);
 }
 
+/* Used elements were written from the next to publish on. */
+static void mark_slots(struct virtqueue *vq, uint32_t count)
+{
+	virtqueue_mark_elements(vq, vq->log->desc, sizeof(struct vring_packed_desc), vq->used, count);
+}
+
 void packed_flush(struct virtqueue *vq)
 {
 	bool tracked = vq->inflight;
 
 	if (!vq->staged_slots)
 		return;
+	if (unlikely(vq->log))
+		mark_slots(vq, vq->staged_slots);
 	if (unlikely(tracked))
 		inflight_packed_publish(vq);
 	/* Pairs with the driver's acquire of the flags: this element and all after it are there. */
 	STORE_RELEASE(vq->packed.desc[vq->used].flags, vq->first_flags);
+	if (unlikely(vq->log))
+		mark_slots(vq, 1);
 	vq->used = vq->staged;
 	vq->used_wrap = vq->staged_wrap;
 	if (unlikely(tracked))
@@ -264,6 +275,8 @@ bool packed_should_notify(struct virtqueue *vq)
 void packed_disable_notification(struct virtqueue *vq)
 {
 	WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, 0, sizeof(*vq->packed.device));
 }
 
 bool packed_enable_notification(struct virtqueue *vq)
@@ -276,6 +289,8 @@ bool packed_enable_notification(struct virtqueue *vq)
 	} else {
 		WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_ENABLE);
 	}
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, 0, sizeof(*vq->packed.device));
 	/* Our wish before the last look; pairs with the barrier between the driver's publishing and
 	 * its reading of the wish. */
 	FULL_BARRIER();

@@ -11,6 +11,7 @@
 #include "device_pop.h"
 #include "ring_impl.h"
 #include "ring_order.h"
+#include "virtqueue_log.h"
 
 static inline uint16_t *used_event(const struct virtqueue *vq)
 {
@@ -208,9 +209,14 @@ void split_flush(struct virtqueue *vq)
 
 	if (!count)
 		return;
+	if (unlikely(vq->log))
+		virtqueue_mark_elements(vq, vq->log->used + offsetof(struct vring_used, ring),
+					sizeof(struct vring_used_elem), vq->used & (vq->num - 1), count);
 	vq->used = vq->staged;
 	/* Pairs with the driver's acquire of used.idx: the elements, and the data, are there. */
 	STORE_RELEASE(vq->split.used->idx, ring16(vq->used));
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, offsetof(struct vring_used, idx), sizeof(vq->used));
 	if (unlikely(vq->inflight))
 		inflight_split_published(vq);
 	device_flushed(vq, count);
@@ -238,11 +244,23 @@ bool split_should_notify(struct virtqueue *vq)
 				(uint16_t)(vq->used - count));
 }
 
+/* Whether and when we want kicks was written to the used ring. */
+static void mark_wish(struct virtqueue *vq)
+{
+	virtqueue_mark_used(vq,
+			    vq->event_idx ? offsetof(struct vring_used, ring[vq->num]) :
+					    offsetof(struct vring_used, flags),
+			    sizeof(uint16_t));
+}
+
 void split_disable_notification(struct virtqueue *vq)
 {
 	/* With EVENT_IDX an event index that stays behind suppresses kicks by itself (2.7.10). */
-	if (!vq->event_idx)
-		WRITE_ONCE(vq->split.used->flags, ring16(VRING_USED_F_NO_NOTIFY));
+	if (vq->event_idx)
+		return;
+	WRITE_ONCE(vq->split.used->flags, ring16(VRING_USED_F_NO_NOTIFY));
+	if (unlikely(vq->log))
+		mark_wish(vq);
 }
 
 bool split_enable_notification(struct virtqueue *vq)
@@ -251,6 +269,8 @@ bool split_enable_notification(struct virtqueue *vq)
 		WRITE_ONCE(*avail_event(vq), ring16(vq->last_avail));
 	else
 		WRITE_ONCE(vq->split.used->flags, 0);
+	if (unlikely(vq->log))
+		mark_wish(vq);
 	/* Our wish before the last look at avail.idx; pairs with the barrier between the driver's
 	 * publishing and its reading of the wish. */
 	FULL_BARRIER();

@@ -38,6 +38,7 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_USED_ID] = "used element names a buffer that the device does not have",
 	[VQ_USED_JUMP] = "used index ran ahead of what the device has",
 	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
+	[VQ_LOG_ADDRESS] = "written page is outside the dirty log",
 	[VQ_REQUEST_HEADER] = "request is shorter than its header",
 	[VQ_REQUEST_STATUS] = "request has no room for its status",
 	[VQ_INFLIGHT_VERSION] = "in-flight region has a version that is not known",

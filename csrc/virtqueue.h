@@ -42,6 +42,7 @@ enum virtqueue_fault {
 	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
 	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
 	VQ_USED_BATCH,	       /* driver side, in_order: element for more chains than used.idx covers */
+	VQ_LOG_ADDRESS,	       /* written to a page that the dirty log does not cover */
 	/* Set by an engine or a device, never by the rings: a chain that is well-formed, but no request
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
@@ -94,6 +95,8 @@ struct vq_slot {
 			 * caller who is wrong about that is caught, but for one case in 32768 */
 };
 
+struct virtqueue_log;
+
 #define VQ_SEQ_MASK 0x7fffu
 #define VQ_SLOT_DONE 0x8000u /* in seq: filled, waiting for its elders (in_order) */
 
@@ -131,6 +134,7 @@ struct virtqueue {
 	uint32_t order_head, order_count;
 	struct inflight *inflight; /* NULL: nobody tracks */
 	struct virtqueue_fault_report report;
+	struct virtqueue_log *log; /* NULL: nothing is logged; see virtqueue_log.h */
 };
 
 /* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range; packed and swapped),
