@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "inflight.h"
 #include "ring_impl.h"
 
 #define FORMAT(q, call)                                                                            \
@@ -37,8 +38,17 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_USED_ID] = "used element names a buffer that the device does not have",
 	[VQ_USED_JUMP] = "used index ran ahead of what the device has",
 	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
+	[VQ_LOG_ADDRESS] = "written page is outside the dirty log",
 	[VQ_REQUEST_HEADER] = "request is shorter than its header",
 	[VQ_REQUEST_STATUS] = "request has no room for its status",
+	[VQ_INFLIGHT_VERSION] = "in-flight region has a version that is not known",
+	[VQ_INFLIGHT_SIZE] = "in-flight region is for another queue size",
+	[VQ_INFLIGHT_FLAG] = "in-flight region has a flag that is neither 0 nor 1",
+	[VQ_INFLIGHT_INDEX] = "in-flight region names an entry or a position that does not exist",
+	[VQ_INFLIGHT_LIST] = "in-flight region has a list that loops or does not end where it should",
+	[VQ_INFLIGHT_BATCH] = "used index is too far from that of the in-flight region",
+	[VQ_INFLIGHT_COUNT] = "in-flight region has more in flight than was made available",
+	[VQ_INFLIGHT_CHAIN] = "in-flight region has descriptors that are no chain of their length",
 };
 
 const char *virtqueue_fault_text(enum virtqueue_fault fault)
@@ -70,15 +80,19 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	vq->indirect = cfg->indirect;
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
-	rc = FORMAT(vq, init)(vq, cfg);
-	if (rc)
+	if (cfg->inflight && (rc = inflight_alloc(vq, cfg->inflight, cfg->inflight_num)))
 		return rc;
-	vq->slots = calloc(vq->num, sizeof(*vq->slots));
-	if (vq->in_order)
-		vq->order = calloc(vq->num, sizeof(*vq->order));
-	if (!vq->slots || (vq->in_order && !vq->order)) {
+	rc = FORMAT(vq, init)(vq, cfg);
+	if (!rc) {
+		vq->slots = calloc(vq->num, sizeof(*vq->slots));
+		if (vq->in_order)
+			vq->order = calloc(vq->num, sizeof(*vq->order));
+		if (!vq->slots || (vq->in_order && !vq->order))
+			rc = -ENOMEM;
+	}
+	if (rc) {
 		virtqueue_destroy(vq);
-		return -ENOMEM;
+		return rc;
 	}
 	virtqueue_enable_notification(vq);
 	return 0;
@@ -88,6 +102,7 @@ void virtqueue_destroy(struct virtqueue *vq)
 {
 	free(vq->slots);
 	free(vq->order);
+	inflight_free(vq);
 	vq->slots = NULL;
 	vq->order = NULL;
 }
@@ -123,7 +138,8 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 	/* One that is done has a seq beyond the mask. */
 	if (!slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
 		return -EINVAL;
-	FORMAT(vq, unpop)(vq, slot->ndesc);
+	if (likely(!vq->inflight) || !inflight_unpop(vq, c->id))
+		FORMAT(vq, unpop)(vq, slot->ndesc);
 	vq->inuse -= slot->ndesc;
 	vq->pops--;
 	slot->ndesc = 0;
@@ -156,12 +172,12 @@ void virtqueue_disable_notification(struct virtqueue *vq)
 bool virtqueue_enable_notification(struct virtqueue *vq)
 {
 	vq->notify_off = false;
-	return FORMAT(vq, enable_notification)(vq);
+	return FORMAT(vq, enable_notification)(vq) || inflight_pending(vq);
 }
 
 bool virtqueue_has_work(struct virtqueue *vq)
 {
-	return !vq->report.fault && FORMAT(vq, has_work)(vq);
+	return !vq->report.fault && (FORMAT(vq, has_work)(vq) || inflight_pending(vq));
 }
 
 uint32_t virtqueue_base(const struct virtqueue *vq)
