@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vhost.check.command import add_parser as add_check_parser
 from vhost.errors import VhostError
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     ioctls = commands.add_parser("ioctls", help="show the table of the kernel's vhost, vDPA and VDUSE ioctls")
     ioctls.add_argument("--json", action="store_true", help="as JSON")
     ioctls.set_defaults(run=run_ioctls)
+
+    add_check_parser(commands)
 
     demo = commands.add_parser("demo", help="serve a disk and drive it from another process, no VM needed")
     demo.add_argument("--size", type=size, default=64 << 20, metavar="BYTES", help="disk size (default 64M)")
