@@ -222,6 +222,15 @@ def test_probe(tmp_path: Path, image: Path) -> None:
         assert report["queues"] == 1
 
 
+def test_without_a_protocol_feature(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("rng", "--socket-path", path, "--without", "reset-device,mq"):
+        offered = set(json.loads(run("probe", path, "--json").stdout)["protocol_feature_names"])
+    assert {"REPLY_ACK", "STATUS"} <= offered
+    assert not {"RESET_DEVICE", "MQ"} & offered
+    assert "reply-ack" in run("serve", "rng", "--socket-path", path, "--without", "magic", code=2).stderr
+
+
 def test_messages() -> None:
     rows = json.loads(run("messages", "--json").stdout)
     assert [row["id"] for row in rows] == [*range(1, 45), *range(1, 11)]

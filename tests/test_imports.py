@@ -64,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
     "vhost.probe": (*ROLES, *WIRE, "vhost.user"),
+    "vhost.check": (*ROLES, *WIRE, "vhost.check"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,
@@ -78,6 +79,8 @@ NOT_PURE = frozenset(
 APART = [
     ("vhost.user.frontend", "vhost.user.backend"),
     ("vhost.user.backend", "vhost.user.frontend"),
+    ("vhost.user.frontend_base", "vhost.user.backend"),
+    ("vhost.user.handlers", "vhost.user.frontend_base"),
     ("vhost.devices", "vhost.drivers"),
     ("vhost.drivers", "vhost.devices"),
     ("vhost.kernel", "vhost.user"),

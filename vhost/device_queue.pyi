@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from vhost.chain import Chain
+from vhost.dirty_log import DirtyLog
 from vhost.memory import GuestMemory
 
 __all__ = ["DeviceQueue"]
@@ -39,6 +40,7 @@ class DeviceQueue:
         indirect: bool = True,
         event_idx: bool = False,
         in_order: bool = False,
+        big_endian: bool = False,
         base: int | None = None,
         user_addresses: bool = False,
         kick: int = -1,
@@ -49,6 +51,9 @@ class DeviceQueue:
         name: str = "queue",
     ) -> None:
         """``packed``: ``avail`` is the driver's and ``used`` the device's event suppression area.
+
+        ``big_endian``: a split ring of a legacy driver in that byte order (VIRTIO 2.7.3), as are then what
+        its requests and its configuration space have of numbers: those are the device's business.
 
         ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none). With ``call_vq``,
         ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
@@ -72,6 +77,8 @@ class DeviceQueue:
     def event_idx(self) -> bool: ...
     @property
     def in_order(self) -> bool: ...
+    @property
+    def big_endian(self) -> bool: ...
     @property
     def memory(self) -> GuestMemory: ...
     def __iter__(self) -> Iterator[Chain]: ...
@@ -113,6 +120,29 @@ class DeviceQueue:
     @property
     def in_flight(self) -> int:
         """Ring slots of chains that were popped and are not published yet."""
+
+    @property
+    def device_area_size(self) -> int:
+        """Bytes of what the device writes to: the used ring, or a packed ring's device event area."""
+
+    def set_log(
+        self, log: DirtyLog | None, *, ring: bool = False, used: int | None = None, fd: int = -1
+    ) -> None:
+        """Mark in this log, from now on, the pages that the device writes; None: no longer. Chains that are
+        out are marked when they come back.
+
+        ``ring``: what is written to the ring, too. ``used``: the guest address under which its used ring (or
+        device event area) is marked; None: where it is. ``fd``: an eventfd, the caller's, to be signalled
+        after marks. Raises InvalidLogAddress if the log does not cover the ring; nothing is logged then. A
+        buffer that it does not cover breaks the queue.
+        """
+
+    @property
+    def dirty_log(self) -> DirtyLog | None: ...
+    def mark_written(self, addr: int, size: int) -> None:
+        """For a device that writes to guest memory otherwise than through a chain, after it did: ``size``
+        bytes at a guest address. Chains see to themselves: what ``write`` wrote, what a buffer of
+        ``writable`` covers, and what ``push`` was told."""
 
     @property
     def broken(self) -> str | None:

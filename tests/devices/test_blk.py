@@ -462,7 +462,7 @@ def test_threads_end_with_a_device_that_nobody_has(no_leaks: None) -> None:
 
 def test_a_child_of_the_process_can_end(image: Path) -> None:
     """It has a copy of the device, but none of the threads; and the parent's go on."""
-    script = f'''
+    script = f"""
 import os, signal, sys
 from devices.disks import Ring
 from vhost.devices.blk import Blk
@@ -477,7 +477,7 @@ assert one.request(0, 0, room=512)[:2] == (0, 513)
 device = one.device
 one.close()
 device.close()
-'''
+"""
     path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     env = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=env)

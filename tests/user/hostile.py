@@ -168,9 +168,7 @@ def served(
     reconnect: float = 0.5,
 ) -> Iterator[vhost.Server]:
     """A server in a thread, which nothing that a peer does may end."""
-    with vhost.Server(
-        device, path, max_connections=max_connections, reconnect=reconnect
-    ) as server:
+    with vhost.Server(device, path, max_connections=max_connections, reconnect=reconnect) as server:
         stop = os.eventfd(0)
         failed: list[BaseException] = []
 

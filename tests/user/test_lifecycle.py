@@ -314,7 +314,7 @@ def test_reset_device(path: Path, no_leaks: None) -> None:
         guest.kick()
         assert raw.ask(h.GET_FEATURES)
         assert guest.used == 0
-        guest.map[:USED + 256] = bytes(USED + 256)
+        guest.map[: USED + 256] = bytes(USED + 256)
         guest.idx = 0
         assert raw.status(h.SET_FEATURES, h.u64(h.VERSION_1 | h.PROTOCOL_FEATURES)) == 0
         raw.start_ring()
@@ -403,7 +403,7 @@ def test_broken_ring_leaves_the_rest_alone(path: Path, no_leaks: None) -> None:
         assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).number == h.GET_VRING_BASE
         assert not device.chains
         # And can be set up anew.
-        guest.map[:USED + 256] = bytes(USED + 256)
+        guest.map[: USED + 256] = bytes(USED + 256)
         guest.idx = 0
         raw.start_ring()
         guest.offer()

@@ -13,9 +13,11 @@ import socket
 
 from vhost.devices.base import Device
 from vhost.errors import ProtocolError, VhostError
-from vhost.user.handlers import Handlers
+from vhost.user.channel import BackendChannel
+from vhost.user.log import LogHandlers
 from vhost.user.session import Message
-from vhost.user.transport import Transport
+from vhost.user.spec import Answer, close_fds
+from vhost.user.state import StateHandlers
 
 log = logging.getLogger("vhost.backend")
 
@@ -23,12 +25,14 @@ MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
 
-class Backend(Handlers):
-    """A session on a connected socket, which it owns from here on."""
+class Backend(LogHandlers, StateHandlers):
+    """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
+    of ProtocolF) that it does not offer."""
 
-    def __init__(self, device: Device, sock: socket.socket) -> None:
-        super().__init__(device, sock)
+    def __init__(self, device: Device, sock: socket.socket, *, without: int = 0) -> None:
+        super().__init__(device, sock, without=without)
         self._writes = False
+        self._channel_writes = False
         try:
             self._epoll.register(self.transport.fileno(), select.EPOLLIN)
         except BaseException:
@@ -42,7 +46,15 @@ class Backend(Handlers):
         if fd == self.transport.fileno():
             self._talk(events)
         elif self.channel is not None and fd == self.channel.fileno():
-            self._listen_to_channel()
+            self.channel.step()
+        else:
+            super()._happened(fd, events)
+
+    def step(self) -> bool:
+        going_on = super().step()
+        if going_on and self.channel is not None:
+            self._look_after_channel(self.channel)
+        return going_on
 
     def _talk(self, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -76,10 +88,14 @@ class Backend(Handlers):
             return
         finally:
             message.close()
-        if answer is not None:
-            self.transport.send(self.session.reply(message, answer))
-        else:
+        if answer is None:
             self.transport.send(self.session.ack(message, 0))
+            return
+        payload, fds = Answer.of(answer)
+        try:
+            self.transport.send(self.session.reply(message, payload, fds))
+        finally:
+            close_fds(fds)
 
     def _refuse(self, message: Message, error: VhostError) -> None:
         """Say no where the front-end waits for an answer; where it does not, it would go on as if the
@@ -99,33 +115,28 @@ class Backend(Handlers):
 
     # -- the channel for our own requests ----------------------------------------------------------
 
-    def set_channel(self, transport: Transport) -> None:
-        self._epoll.register(transport.fileno(), select.EPOLLIN)
+    def set_channel(self, channel: BackendChannel) -> None:
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
         self._drop_channel()
-        self.channel = transport
+        self.channel = channel
+        self._channel_writes = False
 
     def _drop_channel(self) -> None:
-        if self.channel is not None:
-            self._epoll.unregister(self.channel.fileno())
-            self.channel.close()
-            self.channel = None
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            self._epoll.unregister(channel.fileno())
+            channel.close()
 
-    def _listen_to_channel(self) -> None:
-        assert self.channel is not None
-        try:
-            while (message := self.channel.receive()) is not None:
-                message.close()
-        except ProtocolError as error:
-            log.info("back-end channel ends: %s", str(error))
+    def _look_after_channel(self, channel: BackendChannel) -> None:
+        if channel.error is not None:
+            log.info("back-end channel ends: %s", str(channel.error))
             self._drop_channel()
-
-    def _tell_config_change(self) -> None:
-        try:
-            super()._tell_config_change()
-        except ProtocolError as error:
-            log.info("back-end channel ends: %s", str(error))
-            self._drop_channel()
+            return
+        writes = channel.pending
+        if writes != self._channel_writes:
+            self._channel_writes = writes
+            self._epoll.modify(channel.fileno(), select.EPOLLIN | (select.EPOLLOUT if writes else 0))
 
     def _let_go(self) -> None:
         self._drop_channel()
-        self.transport.close()
+        super()._let_go()

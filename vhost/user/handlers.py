@@ -2,8 +2,10 @@
 """What a back-end does for each request of a front-end.
 
 One method a row of the message table, named as the row's ``handler``. It takes the message, returns
-the reply's payload or None, and raises VhostError to refuse. It turns messages into the words of
-DeviceSession, and keeps what only vhost-user has; how requests arrive is in backend.py.
+the reply's payload (an ``Answer`` if descriptors go with it) or None, and raises VhostError to refuse. It
+turns messages into the words of DeviceSession, and keeps what only vhost-user has; how requests arrive is
+in backend.py. Here is what every session has; areas that stand apart have classes and files of their own,
+on top of this one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from vhost.devices.session import DeviceSession
 from vhost.errors import IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidState
 from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
 from vhost.memory import MAX_REGIONS, GuestMemory, Region
+from vhost.user.channel import BackendChannel
 from vhost.user.messages import FRONTEND, BackendMsg, FrontendMsg
 from vhost.user.payloads import U64, Config, MemoryRegion, MemTable, SingleRegion, VringFd, VringState
 from vhost.user.session import Channel, Message, Role, Session
@@ -43,21 +46,36 @@ _ALWAYS = int(
 
 
 class Handlers(DeviceSession):
-    """The state of one session, and its answers."""
+    """The state of one session, and its answers. ``without``: protocol features not to offer."""
 
-    def __init__(self, device: Device, sock: socket.socket) -> None:
-        serves = {row.id for row in FRONTEND.values() if row.live}
-        if device.device_id != DeviceId.NET:
-            serves -= set(NET_ONLY)
-        self.session = Session(Role.BACKEND, serves=serves)
-        self.transport = Transport(sock, self.session)
-        self.channel: Transport | None = None
+    def __init__(self, device: Device, sock: socket.socket, *, without: int = 0) -> None:
+        self.without = int(without)
+        self.channel: BackendChannel | None = None
+        """For our own requests; None until the front-end gives us one, and again when it breaks."""
         self.owned = False
         super().__init__(device, user_addresses=True)
+        try:
+            self.session = Session(Role.BACKEND, serves=self.served_requests())
+            self.transport = Transport(sock, self.session)
+        except BaseException:
+            self._close_events()
+            raise
 
     @abstractmethod
-    def set_channel(self, transport: Transport) -> None:
+    def set_channel(self, channel: BackendChannel) -> None:
         """The front-end listens to our requests on this one from now on."""
+
+    def _happened(self, fd: int, events: int) -> None:
+        """A descriptor that nobody knows any more: it was closed by what came just before."""
+
+    def _let_go(self) -> None:
+        """What an area has, it closes in a method of its own, which calls this one."""
+        self.transport.close()
+
+    def served_requests(self) -> set[int]:
+        """The rows that this device's sessions answer; others are refused."""
+        serves = {row.id for row in FRONTEND.values() if row.live}
+        return serves if self.device.device_id == DeviceId.NET else serves - set(NET_ONLY)
 
     # -- the session -------------------------------------------------------------------------------
 
@@ -68,6 +86,7 @@ class Handlers(DeviceSession):
         return self.features & ~_PROTOCOL_FEATURES
 
     def offered_protocol_features(self) -> int:
+        """What this side can do; ``without`` is not taken off yet."""
         offered = _ALWAYS
         if self.device.config:
             offered |= _CONFIG
@@ -82,17 +101,19 @@ class Handlers(DeviceSession):
         features = message.payload.value
         self.acknowledge(features, message.name)
         self.session.features = features
+        if self.channel is not None:
+            self.channel.session.features = features
         if not features & _PROTOCOL_FEATURES:
             # Nobody will enable them one by one (vhost-user, "Ring states").
             for ring in self.rings:
                 self.enable_ring(ring, True)
 
     def get_protocol_features(self, message: Message) -> U64:
-        return U64(self.offered_protocol_features())
+        return U64(self.offered_protocol_features() & ~self.without)
 
     def set_protocol_features(self, message: Message) -> None:
         features = message.payload.value
-        foreign = features & ~self.offered_protocol_features()
+        foreign = features & ~(self.offered_protocol_features() & ~self.without)
         if foreign:
             names = " ".join(feature_names(foreign, ProtocolF))
             raise InvalidMessage(
@@ -123,8 +144,9 @@ class Handlers(DeviceSession):
         sock = socket.socket(fileno=message.take_fd())
         session = Session(Role.BACKEND, Channel.BACKEND_REQ)
         session.protocol_features = self.session.protocol_features
+        session.features = self.session.features
         try:
-            self.set_channel(Transport(sock, session))
+            self.set_channel(BackendChannel(Transport(sock, session)))
         except (ValueError, OSError) as error:
             sock.close()
             raise IncorrectFds(str(error), request=message.name) from error
@@ -132,11 +154,8 @@ class Handlers(DeviceSession):
     def _tell_config_change(self) -> None:
         if self.channel is None or not self.session.protocol_features & _CONFIG:
             return
-        if self.channel.flush():
-            # Without need_reply: the front-end may be waiting for us on the other channel.
-            self.channel.send(
-                self.channel.session.request(BackendMsg.BACKEND_CONFIG_CHANGE_MSG, need_reply=False)
-            )
+        if not self.channel.pending:  # what waits there says the same
+            self.channel.request(BackendMsg.BACKEND_CONFIG_CHANGE_MSG)
 
     # -- the device --------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
-from typing import Any
+from typing import Any, NamedTuple
 
 from vhost.errors import InvalidMessage
 from vhost.features import ProtocolF, VhostF, VirtioF, feature_names
@@ -289,6 +289,17 @@ class Message:
 
     def __str__(self) -> str:
         return describe(self)
+
+
+class Answer(NamedTuple):
+    """What a handler answers with when a descriptor goes with its payload. They are closed once sent."""
+
+    payload: Payload
+    fds: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, value: Answer | Payload) -> Answer:
+        return value if isinstance(value, Answer) else cls(value)
 
 
 @dataclass(slots=True, eq=False)

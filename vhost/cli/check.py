@@ -7,7 +7,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vhost.cli.arguments import Commands
 
 ABOUT = """\
 Judge a back-end by the rules of the vhost-user specification, one verdict each: pass, fail (with what was
@@ -21,8 +24,7 @@ A back-end that ends with its connection is started as often as it takes by what
 EXIT = "exit code: 0 nothing failed, 1 a rule failed, 2 the check could not run"
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the parser of ``vhost``."""
+def add_commands(commands: Commands) -> None:
     check = commands.add_parser(
         "check",
         help="judge a back-end or a front-end by the rules of the specification",
