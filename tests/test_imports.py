@@ -70,6 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.trace.relay": (*PROTOCOL, "vhost.trace"),
     "vhost.trace.output": (),
     "vhost.trace.proxy": (*PROTOCOL, "vhost.trace", "vhost.user.listener"),
+    "vhost.check": (*ROLES, *WIRE, "vhost.check"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,

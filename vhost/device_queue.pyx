@@ -88,7 +88,6 @@ cdef class DeviceQueue:
         check_num(name, num, packed)
         if packed and big_endian:
             raise InvalidQueue(f"{name}: a packed ring is little-endian")  # no legacy driver has one
-        memset(&cfg, 0, sizeof(cfg))
         find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
         cfg.mem = memory.c
         cfg.num = num
