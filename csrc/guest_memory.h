@@ -80,6 +80,9 @@ static inline uint8_t *guest_memory_at(struct guest_memory *mem, uint64_t guest_
 	return r->host + off;
 }
 
+/* The same for a user address. A search, without a guess. */
+uint8_t *guest_memory_user_at(struct guest_memory *mem, uint64_t user_addr, uint64_t *len);
+
 /* Host pointer of `len` contiguous bytes at a guest or a user address, or NULL. For ring areas. */
 uint8_t *guest_memory_area(struct guest_memory *mem, uint64_t guest_addr, uint64_t len);
 uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, uint64_t len);

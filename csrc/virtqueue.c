@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "ring_impl.h"
+#include "ring_shadow.h"
 
 #define FORMAT(q, call)                                                                            \
 	((q)->is_packed ? packed_##call : likely(!(q)->swapped) ? split_##call : swapped_##call)
@@ -39,6 +40,7 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
 	[VQ_REQUEST_HEADER] = "request is shorter than its header",
 	[VQ_REQUEST_STATUS] = "request has no room for its status",
+	[VQ_MISS] = "IOTLB miss",
 };
 
 const char *virtqueue_fault_text(enum virtqueue_fault fault)
@@ -70,13 +72,16 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	vq->indirect = cfg->indirect;
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
+	vq->iotlb = cfg->iotlb;
 	rc = FORMAT(vq, init)(vq, cfg);
 	if (rc)
 		return rc;
 	vq->slots = calloc(vq->num, sizeof(*vq->slots));
 	if (vq->in_order)
 		vq->order = calloc(vq->num, sizeof(*vq->order));
-	if (!vq->slots || (vq->in_order && !vq->order)) {
+	if (vq->iotlb)
+		vq->shadow = ring_shadow_new(vq->num, vq->is_packed);
+	if (!vq->slots || (vq->in_order && !vq->order) || (vq->iotlb && !vq->shadow)) {
 		virtqueue_destroy(vq);
 		return -ENOMEM;
 	}
@@ -88,8 +93,10 @@ void virtqueue_destroy(struct virtqueue *vq)
 {
 	free(vq->slots);
 	free(vq->order);
+	free(vq->shadow);
 	vq->slots = NULL;
 	vq->order = NULL;
+	vq->shadow = NULL;
 }
 
 void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
@@ -99,18 +106,36 @@ void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
 	FORMAT(vq, set_areas)(vq, areas);
 }
 
+void virtqueue_retry(struct virtqueue *vq)
+{
+	if (vq->report.fault == VQ_MISS && virtqueue_is_mapped(vq))
+		vq->report.fault = VQ_OK;
+}
+
+/* What a queue that does not go on gives instead of a chain. */
+static int stopped(const struct virtqueue *vq)
+{
+	return vq->report.fault == VQ_MISS ? 0 : -1;
+}
+
 int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop)(vq, c);
+		return stopped(vq);
+	rc = FORMAT(vq, pop)(vq, c);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop_batch)(vq, c, n);
+		return stopped(vq);
+	rc = FORMAT(vq, pop_batch)(vq, c, n);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
@@ -156,7 +181,8 @@ void virtqueue_disable_notification(struct virtqueue *vq)
 bool virtqueue_enable_notification(struct virtqueue *vq)
 {
 	vq->notify_off = false;
-	return FORMAT(vq, enable_notification)(vq);
+	/* For what cannot go on there is nothing to look for again. */
+	return FORMAT(vq, enable_notification)(vq) && !vq->report.fault;
 }
 
 bool virtqueue_has_work(struct virtqueue *vq)
