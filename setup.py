@@ -19,11 +19,13 @@ GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 CORE = [
     "csrc/guest_memory.c",
+    "csrc/iotlb.c",
     "csrc/chain.c",
     "csrc/virtqueue.c",
     "csrc/device_split.c",
     "csrc/device_split_swapped.c",
     "csrc/device_packed.c",
+    "csrc/ring_shadow.c",
     "csrc/driver_split.c",
     "csrc/driver_packed.c",
     "csrc/sigbus.c",
@@ -67,6 +69,7 @@ setup(
         [
             extension("vhost.memory"),
             extension("vhost.chain"),
+            extension("vhost._iotlb"),
             extension("vhost._ring"),
             extension("vhost.dirty_log"),
             extension("vhost.device_queue"),
