@@ -25,10 +25,15 @@ CORE = [
     "csrc/device_split.c",
     "csrc/device_split_swapped.c",
     "csrc/device_packed.c",
+    "csrc/inflight.c",
+    "csrc/inflight_split.c",
+    "csrc/inflight_packed.c",
     "csrc/ring_shadow.c",
     "csrc/driver_split.c",
     "csrc/driver_packed.c",
     "csrc/sigbus.c",
+    "csrc/dirty_log.c",
+    "csrc/virtqueue_log.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "inflight.h"
 #include "ring_impl.h"
 #include "ring_shadow.h"
 
@@ -38,8 +39,17 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_USED_ID] = "used element names a buffer that the device does not have",
 	[VQ_USED_JUMP] = "used index ran ahead of what the device has",
 	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
+	[VQ_LOG_ADDRESS] = "written page is outside the dirty log",
 	[VQ_REQUEST_HEADER] = "request is shorter than its header",
 	[VQ_REQUEST_STATUS] = "request has no room for its status",
+	[VQ_INFLIGHT_VERSION] = "in-flight region has a version that is not known",
+	[VQ_INFLIGHT_SIZE] = "in-flight region is for another queue size",
+	[VQ_INFLIGHT_FLAG] = "in-flight region has a flag that is neither 0 nor 1",
+	[VQ_INFLIGHT_INDEX] = "in-flight region names an entry or a position that does not exist",
+	[VQ_INFLIGHT_LIST] = "in-flight region has a list that loops or does not end where it should",
+	[VQ_INFLIGHT_BATCH] = "used index is too far from that of the in-flight region",
+	[VQ_INFLIGHT_COUNT] = "in-flight region has more in flight than was made available",
+	[VQ_INFLIGHT_CHAIN] = "in-flight region has descriptors that are no chain of their length",
 	[VQ_MISS] = "IOTLB miss",
 };
 
@@ -73,17 +83,21 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
 	vq->iotlb = cfg->iotlb;
-	rc = FORMAT(vq, init)(vq, cfg);
-	if (rc)
+	if (cfg->inflight && (rc = inflight_alloc(vq, cfg->inflight, cfg->inflight_num)))
 		return rc;
-	vq->slots = calloc(vq->num, sizeof(*vq->slots));
-	if (vq->in_order)
-		vq->order = calloc(vq->num, sizeof(*vq->order));
-	if (vq->iotlb)
-		vq->shadow = ring_shadow_new(vq->num, vq->is_packed);
-	if (!vq->slots || (vq->in_order && !vq->order) || (vq->iotlb && !vq->shadow)) {
+	rc = FORMAT(vq, init)(vq, cfg);
+	if (!rc) {
+		vq->slots = calloc(vq->num, sizeof(*vq->slots));
+		if (vq->in_order)
+			vq->order = calloc(vq->num, sizeof(*vq->order));
+		if (vq->iotlb)
+			vq->shadow = ring_shadow_new(vq->num, vq->is_packed);
+		if (!vq->slots || (vq->in_order && !vq->order) || (vq->iotlb && !vq->shadow))
+			rc = -ENOMEM;
+	}
+	if (rc) {
 		virtqueue_destroy(vq);
-		return -ENOMEM;
+		return rc;
 	}
 	virtqueue_enable_notification(vq);
 	return 0;
@@ -94,6 +108,7 @@ void virtqueue_destroy(struct virtqueue *vq)
 	free(vq->slots);
 	free(vq->order);
 	free(vq->shadow);
+	inflight_free(vq);
 	vq->slots = NULL;
 	vq->order = NULL;
 	vq->shadow = NULL;
@@ -148,7 +163,8 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 	/* One that is done has a seq beyond the mask. */
 	if (!slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
 		return -EINVAL;
-	FORMAT(vq, unpop)(vq, slot->ndesc);
+	if (likely(!vq->inflight) || !inflight_unpop(vq, c->id))
+		FORMAT(vq, unpop)(vq, slot->ndesc);
 	vq->inuse -= slot->ndesc;
 	vq->pops--;
 	slot->ndesc = 0;
@@ -162,14 +178,24 @@ int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return FORMAT(vq, fill)(vq, id, written);
 }
 
+/* Behind an IOMMU, the ring is not there: see ring_shadow.h. It always says so in the report. */
+static inline bool is_away(const struct virtqueue *vq)
+{
+	return unlikely(vq->report.fault) && !virtqueue_is_mapped(vq);
+}
+
 void virtqueue_flush(struct virtqueue *vq)
 {
-	FORMAT(vq, flush)(vq);
+	if (is_away(vq))
+		ring_shadow_flush(vq);
+	else
+		FORMAT(vq, flush)(vq);
 }
 
 bool virtqueue_should_notify(struct virtqueue *vq)
 {
-	return FORMAT(vq, should_notify)(vq);
+	/* What was published before is decided on once the driver's wish can be read. */
+	return !is_away(vq) && FORMAT(vq, should_notify)(vq);
 }
 
 void virtqueue_disable_notification(struct virtqueue *vq)
@@ -182,12 +208,12 @@ bool virtqueue_enable_notification(struct virtqueue *vq)
 {
 	vq->notify_off = false;
 	/* For what cannot go on there is nothing to look for again. */
-	return FORMAT(vq, enable_notification)(vq) && !vq->report.fault;
+	return (FORMAT(vq, enable_notification)(vq) || inflight_pending(vq)) && !vq->report.fault;
 }
 
 bool virtqueue_has_work(struct virtqueue *vq)
 {
-	return !vq->report.fault && FORMAT(vq, has_work)(vq);
+	return !vq->report.fault && (FORMAT(vq, has_work)(vq) || inflight_pending(vq));
 }
 
 uint32_t virtqueue_base(const struct virtqueue *vq)

@@ -42,6 +42,7 @@ enum virtqueue_fault {
 	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
 	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
 	VQ_USED_BATCH,	       /* driver side, in_order: element for more chains than used.idx covers */
+	VQ_LOG_ADDRESS,	       /* written to a page that the dirty log does not cover */
 	/* Set by an engine or a device, never by the rings: a chain that is well-formed, but no request
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
@@ -50,6 +51,15 @@ enum virtqueue_fault {
 	 * empty, and nothing changed, until virtqueue_retry or virtqueue_map. `value` is the IOVA, `limit` the
 	 * access that is lacking (IOTLB_READ, IOTLB_WRITE). */
 	VQ_MISS,
+	/* What the region of in-flight tracking says cannot be (inflight.h). */
+	VQ_INFLIGHT_VERSION,
+	VQ_INFLIGHT_SIZE,      /* for fewer entries than the ring has, or than was said */
+	VQ_INFLIGHT_FLAG,      /* neither 0 nor 1 */
+	VQ_INFLIGHT_INDEX,     /* of an entry, a head or a position that does not exist */
+	VQ_INFLIGHT_LIST,      /* loops, misses entries, or ends elsewhere */
+	VQ_INFLIGHT_BATCH,     /* the used index is further ahead than a batch can be */
+	VQ_INFLIGHT_COUNT,     /* more in flight than was made available */
+	VQ_INFLIGHT_CHAIN,     /* packed: saved descriptors that are no chain of that length */
 	VQ_FAULTS
 };
 
@@ -81,6 +91,8 @@ struct virtqueue_config {
 	uint32_t base; /* of SET_VRING_BASE; packed: both indices and wraps, 0x80008000 when new */
 	bool packed, indirect, event_idx, in_order;
 	bool swapped; /* split only: a legacy driver of the other byte order (2.7.3) */
+	void *inflight; /* the queue's region of in-flight tracking, aligned to 8; NULL: none */
+	uint32_t inflight_num; /* entries of it, as the front-end says */
 };
 
 /* Per head (split) or buffer id (packed); small, for the cache's sake. */
@@ -90,6 +102,8 @@ struct vq_slot {
 	uint16_t seq;	/* of its pop, modulo VQ_SEQ_MASK + 1: tells unpop whether it is the newest; a
 			 * caller who is wrong about that is caught, but for one case in 32768 */
 };
+
+struct virtqueue_log;
 
 #define VQ_SEQ_MASK 0x7fffu
 #define VQ_SLOT_DONE 0x8000u /* in seq: filled, waiting for its elders (in_order) */
@@ -126,14 +140,19 @@ struct virtqueue {
 	struct vq_slot *slots; /* num */
 	uint16_t *order;       /* in_order: circle of num ids, popped and not yet staged */
 	uint32_t order_head, order_count;
+	struct inflight *inflight; /* NULL: nobody tracks */
 	struct virtqueue_fault_report report;
 	struct iotlb *iotlb;	    /* NULL: there is no IOMMU */
 	struct ring_shadow *shadow; /* there is one with an IOTLB */
+	struct virtqueue_log *log; /* NULL: nothing is logged; see virtqueue_log.h */
 };
 
 /* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range; packed and swapped),
  * -ENOMEM. Split: the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a
- * predecessor left in the ring; work that is there already comes without one. */
+ * predecessor left in the ring; work that is there already comes without one.
+ *
+ * With an in-flight region that was used before, it and the ring say where to go on, not `base`, and what
+ * was in flight is popped first, in its order. -EBADMSG: it cannot be, see vq->report. */
 int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg);
 void virtqueue_destroy(struct virtqueue *vq);
 

@@ -154,6 +154,8 @@ cdef extern from "virtqueue.h" nogil:
         bint in_order
         bint swapped
 
+    struct virtqueue_log
+
     struct virtqueue:
         uint32_t num
         bint is_packed
@@ -164,6 +166,7 @@ cdef extern from "virtqueue.h" nogil:
         bint notify_off
         uint32_t inuse
         virtqueue_fault_report report
+        virtqueue_log *log
 
     int virtqueue_init(virtqueue *, const virtqueue_config *)
     void virtqueue_destroy(virtqueue *)
@@ -226,6 +229,36 @@ cdef extern from "virtqueue.h" nogil:
     void virtqueue_disable_cb(driver_queue *)
     bint virtqueue_enable_cb(driver_queue *)
     bint virtqueue_more_used(driver_queue *)
+
+
+cdef extern from "dirty_log.h" nogil:
+    enum:
+        DIRTY_LOG_PAGE
+
+    struct dirty_log:
+        uint8_t *map
+        uint64_t size
+
+    bint dirty_log_covers(const dirty_log *, uint64_t, uint64_t)
+    uint64_t dirty_log_limit(const dirty_log *)
+    bint dirty_log_mark(const dirty_log *, uint64_t, uint64_t)
+    uint64_t dirty_log_take(uint64_t *)
+
+
+cdef extern from "virtqueue_log.h" nogil:
+    struct virtqueue_log:
+        dirty_log map
+        bint ring
+        bint used_given
+        uint64_t used
+        int fd
+        bint changed
+
+    int virtqueue_set_log(virtqueue *, virtqueue_log *)
+    void virtqueue_log_chain(virtqueue *, const guest_memory *, const vhost_chain *, uint32_t)
+    void virtqueue_mark_chain(virtqueue *, const guest_memory *, const vhost_chain *, uint32_t)
+    void virtqueue_log_write(virtqueue *, uint64_t, uint64_t)
+    bint virtqueue_should_tell_log(virtqueue *)
 
 
 cdef extern from "blk_request.h" nogil:

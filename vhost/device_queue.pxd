@@ -2,9 +2,10 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, vring_used
+from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, virtqueue_log, vring_used
 from vhost._iotlb cimport Iotlb
 from vhost.chain cimport Chain
+from vhost.dirty_log cimport DirtyLog
 from vhost.memory cimport GuestMemory
 
 
@@ -28,6 +29,8 @@ cdef class DeviceQueue:
     cdef uint64_t serial
     cdef int draining
     cdef str reason  # why it is broken, once somebody has asked
+    cdef readonly DirtyLog dirty_log  # keeps log.map mapped
+    cdef virtqueue_log log
 
     # Chain objects to be used again, the oldest first; see front().
     cdef PyObject **pool
@@ -46,6 +49,9 @@ cdef class DeviceQueue:
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
     cdef int give(self, Chain chain, object written) except -1
+    cdef int mark(self, Chain chain, uint32_t written) except -1
+    cdef int tell_log(self) except -1
+    cdef int apply_log(self) except -1
     cdef uint32_t choose_base(
         self, base, bint packed, bint big_endian, vring_used *used
     ) except? 0xffffffff

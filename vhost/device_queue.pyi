@@ -6,6 +6,7 @@ from typing import final
 
 from vhost._iotlb import Iotlb
 from vhost.chain import Chain
+from vhost.dirty_log import DirtyLog
 from vhost.memory import GuestMemory
 
 __all__ = ["DeviceQueue"]
@@ -122,6 +123,29 @@ class DeviceQueue:
     @property
     def in_flight(self) -> int:
         """Ring slots of chains that were popped and are not published yet."""
+
+    @property
+    def device_area_size(self) -> int:
+        """Bytes of what the device writes to: the used ring, or a packed ring's device event area."""
+
+    def set_log(
+        self, log: DirtyLog | None, *, ring: bool = False, used: int | None = None, fd: int = -1
+    ) -> None:
+        """Mark in this log, from now on, the pages that the device writes; None: no longer. Chains that are
+        out are marked when they come back.
+
+        ``ring``: what is written to the ring, too. ``used``: the guest address under which its used ring (or
+        device event area) is marked; None: where it is. ``fd``: an eventfd, the caller's, to be signalled
+        after marks. Raises InvalidLogAddress if the log does not cover the ring; nothing is logged then. A
+        buffer that it does not cover breaks the queue.
+        """
+
+    @property
+    def dirty_log(self) -> DirtyLog | None: ...
+    def mark_written(self, addr: int, size: int) -> None:
+        """For a device that writes to guest memory otherwise than through a chain, after it did: ``size``
+        bytes at a guest address. Chains see to themselves: what ``write`` wrote, what a buffer of
+        ``writable`` covers, and what ``push`` was told."""
 
     @property
     def broken(self) -> str | None:

@@ -7,7 +7,7 @@ Knows rings and memory; knows neither devices nor how kicks arrive.
 cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport ENOMEM
+from libc.errno cimport ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -15,9 +15,10 @@ from vhost._core cimport *
 from vhost._iotlb cimport Iotlb
 from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
 from vhost.chain cimport Chain, chain_start
+from vhost.dirty_log cimport DirtyLog
 from vhost.memory cimport GuestMemory, memory_broken
 
-from vhost.errors import InvalidQueue, QueueBroken
+from vhost.errors import InvalidLogAddress, InvalidQueue, QueueBroken
 
 __all__ = ["DeviceQueue"]
 
@@ -168,6 +169,10 @@ cdef class DeviceQueue:
         return virtqueue_base(&self.vq)
 
     @property
+    def device_area_size(self):
+        return vring_device_size(self.vq.num, self.vq.is_packed)
+
+    @property
     def in_flight(self):
         return self.vq.inuse
 
@@ -307,6 +312,8 @@ cdef class DeviceQueue:
         self.must_be_open()
         if chain.queue != self.serial or not chain.out or virtqueue_unpop(&self.vq, &chain.c):
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
+        if unlikely(self.vq.log != NULL):
+            self.mark(chain, 0)
         chain.out = False
         self.keep(chain)
 
@@ -329,6 +336,8 @@ cdef class DeviceQueue:
             raise ValueError(
                 f"{self.name}: chain {chain.c.id}: {n} bytes written, but only {chain.c.in_len} are writable"
             )
+        if unlikely(self.vq.log != NULL):
+            self.mark(chain, <uint32_t>n)
         rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>n)
         if rc:
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
@@ -366,6 +375,7 @@ cdef class DeviceQueue:
     def flush(self):
         self.must_be_open()
         virtqueue_flush(&self.vq)
+        self.tell_log()
 
     def should_notify(self):
         self.must_be_open()
@@ -376,10 +386,58 @@ cdef class DeviceQueue:
         return bool(self.tell_driver())
 
     cdef int tell_driver(self) except -1:
+        self.tell_log()
         if not virtqueue_should_notify(&self.vq):
             return 0
         tell(&self.to_driver)
         return 1
+
+    # ------------------------------------------------------------------ dirty log
+
+    def set_log(self, DirtyLog log, *, bint ring=False, used=None, int fd=-1):
+        self.must_be_open()
+        if used is not None and not 0 <= used < 1 << 64:
+            raise InvalidLogAddress(f"{self.name}: used ring at {used:#x} does not fit 64 bits")
+        virtqueue_set_log(&self.vq, NULL)
+        self.dirty_log = log
+        if log is None:
+            return
+        self.log.map = log.c
+        self.log.ring = ring
+        self.log.used_given = used is not None
+        if used is not None:
+            self.log.used = used
+        self.log.fd = fd
+        self.log.changed = False
+        self.apply_log()
+
+    cdef int apply_log(self) except -1:
+        cdef int rc = virtqueue_set_log(&self.vq, &self.log)
+        if rc:
+            self.dirty_log = None
+            why = f"beyond the dirty log, which ends at {dirty_log_limit(&self.log.map):#x}"
+            if rc != -ERANGE:
+                why = "in no memory region"
+            where = f"its used ring at {self.log.used:#x}" if self.log.used_given else "it"
+            raise InvalidLogAddress(f"{self.name}: {where} is {why}")
+        return 0
+
+    cdef int mark(self, Chain chain, uint32_t written) except -1:
+        # What a view was made of may have been written by anybody.
+        virtqueue_log_chain(
+            &self.vq, chain.memory.c, &chain.c, max(written, chain.written, chain.touched)
+        )
+        return 0
+
+    def mark_written(self, uint64_t addr, uint64_t size):
+        self.must_be_open()
+        virtqueue_log_write(&self.vq, addr, size)
+        self.tell_log()
+
+    cdef int tell_log(self) except -1:
+        if unlikely(self.vq.log != NULL) and virtqueue_should_tell_log(&self.vq):
+            signal(self.log.fd)
+        return 0
 
     # ------------------------------------------------------------------ kicks
 
@@ -408,6 +466,8 @@ cdef class DeviceQueue:
             virtqueue_set_memory(&self.vq, memory.c, &areas)
             self.areas = areas
         self.memory = memory
+        if self.vq.log != NULL:
+            self.apply_log()
         self.empty_pool()
 
     def translate(self):

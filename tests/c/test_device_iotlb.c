@@ -219,8 +219,7 @@ static void use_without_ring(struct rig *r)
 	CHECK(!virtqueue_has_work(&r->vq));
 	virtqueue_disable_notification(&r->vq);
 	CHECK(!virtqueue_enable_notification(&r->vq));
-	virtqueue_should_notify(&r->vq);
-	virtqueue_flush(&r->vq);
+	CHECK(!virtqueue_should_notify(&r->vq));
 	virtqueue_retry(&r->vq); /* a mapping of something else */
 	CHECK_EQ(virtqueue_pop(&r->vq, &r->chain), 0);
 }
@@ -248,7 +247,8 @@ static void completions_wait_for_the_ring(struct rig *r)
 		expect_no_used(r);
 		if (lap % 2) {
 			map_ring(r);
-			CHECK(virtqueue_should_notify(&r->vq));
+			if (!r->o.event_idx)
+				CHECK(virtqueue_should_notify(&r->vq));
 			expect_used(r, ids[1], 2);
 			expect_used(r, ids[in_order ? 2 : 3], 3);
 			expect_no_used(r);
@@ -257,10 +257,10 @@ static void completions_wait_for_the_ring(struct rig *r)
 			/* All of it while it is away, the last one only staged. */
 			CHECK_EQ(virtqueue_fill(&r->vq, ids[in_order ? 3 : 2], 4), 0);
 			map_ring(r);
-			expect_used(r, ids[1], 2);
-			expect_used(r, ids[in_order ? 2 : 3], 3);
 			expect_no_used(r);
 			virtqueue_flush(&r->vq);
+			expect_used(r, ids[1], 2);
+			expect_used(r, ids[in_order ? 2 : 3], 3);
 		}
 		expect_used(r, ids[in_order ? 3 : 2], 4);
 		expect_no_used(r);

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,9 @@ def boot(initramfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     require("qemu")
     with ExitStack() as stack:
 
-        def start(devices: Sequence[str], *, cpus: int = 1) -> Guest:
-            return stack.enter_context(Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), cpus=cpus))
+        def start(devices: Sequence[str], **options: Any) -> Guest:
+            return stack.enter_context(
+                Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), **options)
+            )
 
         yield start

@@ -57,6 +57,8 @@ class Ring:
         self.err = -1
         self.call_vq: int | None = None
         """With it, ``call`` is a VDUSE device, and the ring has this number there."""
+        self.log_used: int | None = None
+        """Guest address of the used area, if what is written there goes into the dirty log."""
         self.queue: DeviceQueue | None = None
         """There while the ring is started."""
         self.by_device = False

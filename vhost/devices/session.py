@@ -51,6 +51,9 @@ class DeviceSession(ABC):
     """A session that serves ``device``. ``user_addresses``: rings are placed by addresses in the
     front-end's process."""
 
+    live_features = 0
+    """Feature bits that may change while rings run: those that have nothing to do with rings."""
+
     def __init__(self, device: Device, *, user_addresses: bool) -> None:
         self.device = device
         self.no_memory = GuestMemory()
@@ -227,7 +230,7 @@ class DeviceSession(ABC):
         if foreign:
             names = " ".join(feature_names(foreign))
             raise InvalidMessage(f"features {foreign:#x} ({names}) were not offered", request=what)
-        if features != self.features:
+        if (features ^ self.features) & ~self.live_features:
             for ring in self.rings:
                 ring.must_be_stopped(f"{what} with other features")
         self.features = features
