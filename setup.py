@@ -19,13 +19,21 @@ GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 CORE = [
     "csrc/guest_memory.c",
+    "csrc/iotlb.c",
     "csrc/chain.c",
     "csrc/virtqueue.c",
     "csrc/device_split.c",
+    "csrc/device_split_swapped.c",
     "csrc/device_packed.c",
+    "csrc/inflight.c",
+    "csrc/inflight_split.c",
+    "csrc/inflight_packed.c",
+    "csrc/ring_shadow.c",
     "csrc/driver_split.c",
     "csrc/driver_packed.c",
     "csrc/sigbus.c",
+    "csrc/dirty_log.c",
+    "csrc/virtqueue_log.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
@@ -66,6 +74,7 @@ setup(
         [
             extension("vhost.memory"),
             extension("vhost.chain"),
+            extension("vhost._iotlb"),
             extension("vhost._ring"),
             extension("vhost.dirty_log"),
             extension("vhost.device_queue"),

@@ -26,19 +26,31 @@ struct span {
 	struct iovec *iov;
 	uint32_t num;
 	uint32_t len;
+	size_t cut; /* bytes that the first of them lost */
 };
+
+/* The first iovec as it was popped. */
+static inline void span_mend(struct span *s)
+{
+	s->iov->iov_base = (char *)s->iov->iov_base - s->cut;
+	s->iov->iov_len += s->cut;
+	s->cut = 0;
+}
 
 static void span_skip(struct span *s, size_t n)
 {
 	s->len -= n;
 	while (n && n >= s->iov->iov_len) {
 		n -= s->iov->iov_len;
+		if (unlikely(s->cut))
+			span_mend(s);
 		s->iov++;
 		s->num--;
 	}
 	if (n) {
 		s->iov->iov_base = (char *)s->iov->iov_base + n;
 		s->iov->iov_len -= n;
+		s->cut += n;
 	}
 }
 
@@ -81,6 +93,14 @@ static uint8_t *span_cut_last_byte(struct span *s)
 	if (!--last->iov_len)
 		s->num--;
 	return (uint8_t *)last->iov_base + last->iov_len;
+}
+
+/* What was cut off is there again. `last`: where the last byte was. */
+static inline void span_restore(struct span *s, struct iovec *last)
+{
+	if (unlikely(s->cut))
+		span_mend(s);
+	last->iov_len++;
 }
 
 static inline bool in_disk(uint64_t capacity, uint64_t sector, uint64_t count)
@@ -265,18 +285,20 @@ static unsigned get_id(const struct blk_disk *disk, struct span *s)
 enum virtqueue_fault blk_request_serve(const struct blk_disk *disk, struct vhost_chain *chain,
 				       bool writethrough, uint32_t *written)
 {
-	struct span out = { chain->iov, chain->out_num, chain->out_len };
-	struct span in = { chain->iov + chain->out_num, chain->in_num, chain->in_len };
+	struct span out = { chain->iov, chain->out_num, chain->out_len, 0 };
+	struct span in = { chain->iov + chain->out_num, chain->in_num, chain->in_len, 0 };
 	struct blk_req_header header;
 	uint32_t room;
 	uint8_t *status_at;
 	unsigned status;
+	struct iovec *last;
 
 	if (unlikely(out.len < sizeof(header)))
 		return VQ_REQUEST_HEADER;
 	if (unlikely(!in.len))
 		return VQ_REQUEST_STATUS;
 	span_take(&out, &header, sizeof(header));
+	last = in.iov + in.num - 1;
 	status_at = span_cut_last_byte(&in);
 	room = in.len;
 
@@ -302,5 +324,6 @@ enum virtqueue_fault blk_request_serve(const struct blk_disk *disk, struct vhost
 	}
 	WRITE_ONCE(*status_at, (uint8_t)status);
 	*written = room - in.len + 1;
+	span_restore(&in, last);
 	return VQ_OK;
 }

@@ -57,7 +57,8 @@ struct blk_disk {
 
 /*
  * Serves the chain: does what it asks for, writes its status byte. With `writethrough` a write is
- * on stable storage before this returns. The chain's iovecs are used up.
+ * on stable storage before this returns. The chain's readable iovecs are used up, the
+ * writable ones are as they were: where something may have been written.
  *
  * VQ_OK: *written is what to put into the used element: the data bytes that were written, and the
  * status. Otherwise the chain cannot be answered (no header, no room for a status), nothing was

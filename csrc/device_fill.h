@@ -8,7 +8,7 @@
 
 #include <errno.h>
 
-#include "virtqueue.h"
+#include "inflight.h"
 
 typedef void stage_fn(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc);
 
@@ -22,6 +22,12 @@ static inline __attribute__((always_inline)) void device_stage(struct virtqueue 
 	uint16_t ndesc = vq->slots[id].ndesc;
 
 	vq->slots[id].ndesc = 0;
+	if (unlikely(vq->inflight)) {
+		if (vq->is_packed)
+			inflight_packed_staged(vq, id, ndesc);
+		else
+			inflight_split_staged(vq, id);
+	}
 	stage(vq, id, written, ndesc);
 	vq->staged_slots += ndesc;
 }

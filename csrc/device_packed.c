@@ -10,9 +10,10 @@
 
 #include "chain_build.h"
 #include "device_fill.h"
+#include "device_pop.h"
+#include "packed_ring.h"
 #include "ring_impl.h"
-
-#define AVAIL_USED (VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED)
+#include "virtqueue_log.h"
 
 int packed_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 {
@@ -25,7 +26,7 @@ int packed_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	vq->avail_wrap = avail >> 15;
 	vq->used = vq->staged = used & 0x7fff;
 	vq->used_wrap = vq->staged_wrap = used >> 15;
-	return 0;
+	return vq->inflight ? inflight_packed_start(vq) : 0;
 }
 
 void packed_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
@@ -33,23 +34,6 @@ void packed_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
 	vq->packed.desc = areas->desc;
 	vq->packed.driver = areas->avail;
 	vq->packed.device = areas->used;
-}
-
-static inline void advance(const struct virtqueue *vq, uint16_t *pos, bool *wrap, uint32_t slots)
-{
-	uint32_t next = *pos + slots;
-
-	if (next >= vq->num) {
-		next -= vq->num;
-		*wrap = !*wrap;
-	}
-	*pos = (uint16_t)next;
-}
-
-/* 2.8.1: available is a slot whose AVAIL bit is the driver's wrap counter, and USED is not. */
-static inline bool is_available(uint16_t flags, bool wrap)
-{
-	return (flags & AVAIL_USED) == (wrap ? VRING_PACKED_DESC_F_AVAIL : VRING_PACKED_DESC_F_USED);
 }
 
 /* The chain before this position is whole. */
@@ -86,8 +70,9 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 	for (uint32_t i = 0; i < entries; i++) {
 		struct raw_desc d;
 
-		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
-			return vq_fault(vq, VQ_ADDRESS, id, table.addr + (uint64_t)i * sizeof(d), 0);
+		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
+			return chain_no_access(vq, id, table.addr + (uint64_t)i * sizeof(d),
+					       sizeof(d), 0);
 		if (unlikely(chain_add(vq, c, &w, id, d.addr, d.len, d.fourth)))
 			return -1;
 	}
@@ -128,8 +113,53 @@ static inline __attribute__((always_inline)) int packed_take(struct virtqueue *v
 	}
 }
 
+/* A chain as the in-flight region has it: its slots may have been written over. It may lie as that of a
+ * ring. */
+static int packed_take_saved(struct virtqueue *vq, struct vhost_chain *c, uint16_t at)
+{
+	struct inflight *in = vq->inflight;
+	uint32_t n = in->link[at].num;
+	struct chain_walk w = chain_begin(vq, c);
+
+	for (uint32_t i = 1;; i++, at = in->link[at].next) {
+		const struct inflight_packed_desc *e = &in->packed->desc[at];
+		struct raw_desc d = { READ_ONCE(e->addr), READ_ONCE(e->len), READ_ONCE(e->id),
+				      READ_ONCE(e->flags) };
+
+		if (unlikely(!(d.fourth & VRING_DESC_F_NEXT) != (i == n)))
+			return vq_fault(vq, VQ_INFLIGHT_CHAIN, d.third, i, n);
+		if (d.fourth & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, n, d, vq->last_avail, vq->avail_wrap);
+		if (unlikely(chain_add(vq, c, &w, d.third, d.addr, d.len, d.fourth)))
+			return -1;
+		if (i == n)
+			return take_whole(vq, c, &w, d.third, n, vq->last_avail, vq->avail_wrap);
+	}
+}
+
+/* With in-flight tracking: what a predecessor left comes first. */
+static __attribute__((noinline)) int packed_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
+{
+	struct inflight *in = vq->inflight;
+	uint16_t pos = vq->last_avail;
+	int rc;
+
+	if (unlikely(in->old_popped < in->old_num)) {
+		rc = packed_take_saved(vq, c, in->old[in->old_popped].at);
+		if (rc > 0)
+			inflight_popped_again(vq, c->id);
+		return rc;
+	}
+	rc = packed_take(vq, c);
+	if (rc > 0)
+		inflight_packed_popped(vq, c->id, c->ndesc, pos);
+	return rc;
+}
+
 int packed_pop(struct virtqueue *vq, struct vhost_chain *c)
 {
+	if (unlikely(vq->inflight))
+		return packed_pop_tracked(vq, c);
 	return packed_take(vq, c);
 }
 
@@ -137,6 +167,8 @@ int packed_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
 	unsigned done = 0;
 
+	if (unlikely(vq->inflight))
+		return pop_each(vq, c, n, packed_pop_tracked);
 	while (done < n) {
 		int rc = packed_take(vq, c[done]);
 
@@ -161,7 +193,7 @@ void packed_unpop(struct virtqueue *vq, uint16_t ndesc)
 static inline void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
 {
 	struct vring_packed_desc *d = &vq->packed.desc[vq->staged];
-	uint16_t flags = vq->staged_wrap ? AVAIL_USED : 0;
+	uint16_t flags = used_flags(vq->staged_wrap);
 
 	if (written)
 		flags |= VRING_DESC_F_WRITE;
@@ -180,14 +212,30 @@ int packed_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return device_fill(vq, id, written, packed_stage);
 }
 
+/* Used elements were written from the next to publish on. */
+static void mark_slots(struct virtqueue *vq, uint32_t count)
+{
+	virtqueue_mark_elements(vq, vq->log->desc, sizeof(struct vring_packed_desc), vq->used, count);
+}
+
 void packed_flush(struct virtqueue *vq)
 {
+	bool tracked = vq->inflight;
+
 	if (!vq->staged_slots)
 		return;
+	if (unlikely(vq->log))
+		mark_slots(vq, vq->staged_slots);
+	if (unlikely(tracked))
+		inflight_packed_publish(vq);
 	/* Pairs with the driver's acquire of the flags: this element and all after it are there. */
 	STORE_RELEASE(vq->packed.desc[vq->used].flags, vq->first_flags);
+	if (unlikely(vq->log))
+		mark_slots(vq, 1);
 	vq->used = vq->staged;
 	vq->used_wrap = vq->staged_wrap;
+	if (unlikely(tracked))
+		inflight_packed_published(vq);
 	device_flushed(vq, vq->staged_slots);
 }
 
@@ -228,6 +276,8 @@ bool packed_should_notify(struct virtqueue *vq)
 void packed_disable_notification(struct virtqueue *vq)
 {
 	WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, 0, sizeof(*vq->packed.device));
 }
 
 bool packed_enable_notification(struct virtqueue *vq)
@@ -240,6 +290,8 @@ bool packed_enable_notification(struct virtqueue *vq)
 	} else {
 		WRITE_ONCE(vq->packed.device->flags, VRING_PACKED_EVENT_FLAG_ENABLE);
 	}
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, 0, sizeof(*vq->packed.device));
 	/* Our wish before the last look; pairs with the barrier between the driver's publishing and
 	 * its reading of the wish. */
 	FULL_BARRIER();

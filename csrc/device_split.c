@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
  * The device's side of a split virtqueue (VIRTIO 1.2, 2.7). Knows the ring in shared memory and the
- * device's private state; knows neither who drives it nor how anybody is signalled.
+ * device's private state; knows neither who drives it nor how anybody is signalled. What is in the ring
+ * goes through ring_order.h, for this file is compiled a second time, see there.
  */
 #include <errno.h>
 
 #include "chain_build.h"
 #include "device_fill.h"
+#include "device_pop.h"
 #include "ring_impl.h"
+#include "ring_order.h"
+#include "virtqueue_log.h"
 
 static inline uint16_t *used_event(const struct virtqueue *vq)
 {
@@ -25,7 +29,9 @@ int split_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 		return -EINVAL;
 	split_set_areas(vq, &cfg->areas);
 	vq->last_avail = vq->shadow_avail = (uint16_t)cfg->base;
-	vq->used = vq->staged = READ_ONCE(vq->split.used->idx);
+	vq->used = vq->staged = ring16(READ_ONCE(vq->split.used->idx));
+	if (vq->inflight)
+		return inflight_split_start(vq, ring16(READ_ONCE(vq->split.avail->idx)));
 	return 0;
 }
 
@@ -44,7 +50,7 @@ static inline int split_available(struct virtqueue *vq)
 	if (ahead)
 		return ahead;
 	/* Pairs with the driver's release of avail.idx: entries and descriptors are there. */
-	vq->shadow_avail = LOAD_ACQUIRE(vq->split.avail->idx);
+	vq->shadow_avail = ring16(LOAD_ACQUIRE(vq->split.avail->idx));
 	ahead = vq->shadow_avail - vq->last_avail;
 	if (unlikely(ahead > vq->num)) {
 		vq->shadow_avail = vq->last_avail;
@@ -67,8 +73,10 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 	for (uint32_t seen = 1;; seen++) {
 		struct raw_desc d;
 
-		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
-			return vq_fault(vq, VQ_ADDRESS, head, table.addr + (uint64_t)i * sizeof(d), 0);
+		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
+			return chain_no_access(vq, head, table.addr + (uint64_t)i * sizeof(d),
+					       sizeof(d), 0);
+		d = ring_desc(d);
 		if (unlikely(d.third & VRING_DESC_F_INDIRECT))
 			return vq_fault(vq, VQ_INDIRECT_NESTED, head, d.third, 0);
 		if (unlikely(chain_add(vq, c, &w, head, d.addr, d.len, d.third)))
@@ -81,18 +89,14 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 		if (unlikely(seen == limit))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, seen + 1, limit + 1);
 	}
-	if (unlikely(chain_out(vq, c, &w, head, ndesc) < 0))
-		return -1;
-	vq->last_avail++;
-	return 1;
+	return chain_out(vq, c, &w, head, ndesc);
 }
 
-/* The chain at last_avail, which is known to be there. */
-static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq,
-							    struct vhost_chain *c)
+/* The chain with this head. 1 or -1. */
+static inline __attribute__((always_inline)) int split_walk(struct virtqueue *vq,
+							    struct vhost_chain *c, uint16_t head)
 {
 	uint32_t num = vq->num, left = num;
-	uint16_t head = READ_ONCE(vq->split.avail->ring[vq->last_avail & (num - 1)]);
 	struct chain_walk w = chain_begin(vq, c);
 	uint32_t i = head;
 
@@ -101,7 +105,7 @@ static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq
 	if (unlikely(vq->slots[head].ndesc))
 		return vq_fault(vq, VQ_HEAD_BUSY, head, head, 0);
 	for (;;) {
-		struct raw_desc d = fetch_desc(&vq->split.desc[i]);
+		struct raw_desc d = ring_desc(fetch_desc(&vq->split.desc[i]));
 
 		if (d.third & VRING_DESC_F_INDIRECT)
 			return take_table(vq, c, w, head, num - left + 1, d);
@@ -115,24 +119,60 @@ static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq
 		if (unlikely(!--left))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, num + 1, num + 1);
 	}
-	if (unlikely(chain_out(vq, c, &w, head, num - left + 1) < 0))
-		return -1;
-	vq->last_avail++;
-	return 1;
+	return chain_out(vq, c, &w, head, num - left + 1);
+}
+
+/* The chain at last_avail, which is known to be there. */
+static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq,
+							    struct vhost_chain *c)
+{
+	uint16_t head = ring16(READ_ONCE(vq->split.avail->ring[vq->last_avail & (vq->num - 1)]));
+	int rc = split_walk(vq, c, head);
+
+	if (likely(rc > 0))
+		vq->last_avail++;
+	return rc;
+}
+
+/* With in-flight tracking: what a predecessor left comes first. */
+static __attribute__((noinline)) int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
+{
+	struct inflight *in = vq->inflight;
+	int rc;
+
+	if (unlikely(in->old_popped < in->old_num)) {
+		rc = split_walk(vq, c, in->old[in->old_popped].at);
+		if (rc > 0)
+			inflight_popped_again(vq, c->id);
+		return rc;
+	}
+	rc = split_available(vq);
+	if (rc <= 0)
+		return rc;
+	rc = split_take(vq, c);
+	if (rc > 0)
+		inflight_split_popped(vq, c->id);
+	return rc;
 }
 
 int split_pop(struct virtqueue *vq, struct vhost_chain *c)
 {
-	int ahead = split_available(vq);
+	int ahead;
 
+	if (unlikely(vq->inflight))
+		return split_pop_tracked(vq, c);
+	ahead = split_available(vq);
 	return unlikely(ahead <= 0) ? ahead : split_take(vq, c);
 }
 
 int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
-	int ahead = split_available(vq);
 	unsigned done = 0;
+	int ahead;
 
+	if (unlikely(vq->inflight))
+		return pop_each(vq, c, n, split_pop_tracked);
+	ahead = split_available(vq);
 	if (ahead <= 0)
 		return ahead;
 	if (n > (unsigned)ahead)
@@ -154,7 +194,8 @@ void split_unpop(struct virtqueue *vq, uint16_t ndesc)
 static inline void split_stage(struct virtqueue *vq, uint16_t id, uint32_t written, uint16_t ndesc)
 {
 	(void)ndesc;
-	vq->split.used->ring[vq->staged & (vq->num - 1)] = (struct vring_used_elem){ id, written };
+	vq->split.used->ring[vq->staged & (vq->num - 1)] =
+		(struct vring_used_elem){ ring32(id), ring32(written) };
 	vq->staged++;
 }
 
@@ -169,9 +210,16 @@ void split_flush(struct virtqueue *vq)
 
 	if (!count)
 		return;
+	if (unlikely(vq->log))
+		virtqueue_mark_elements(vq, vq->log->used + offsetof(struct vring_used, ring),
+					sizeof(struct vring_used_elem), vq->used & (vq->num - 1), count);
 	vq->used = vq->staged;
 	/* Pairs with the driver's acquire of used.idx: the elements, and the data, are there. */
-	STORE_RELEASE(vq->split.used->idx, vq->used);
+	STORE_RELEASE(vq->split.used->idx, ring16(vq->used));
+	if (unlikely(vq->log))
+		virtqueue_mark_used(vq, offsetof(struct vring_used, idx), sizeof(vq->used));
+	if (unlikely(vq->inflight))
+		inflight_split_published(vq);
 	device_flushed(vq, count);
 }
 
@@ -190,25 +238,40 @@ bool split_should_notify(struct virtqueue *vq)
 	 * its wish and its last look at used.idx. */
 	FULL_BARRIER();
 	if (!vq->event_idx)
-		return !(READ_ONCE(vq->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+		return !(ring16(READ_ONCE(vq->split.avail->flags)) & VRING_AVAIL_F_NO_INTERRUPT);
 	/* 2.7.7.2; all 65536 events have passed where a count does not fit into 16 bits. */
 	return count > UINT16_MAX ||
-	       vring_need_event(READ_ONCE(*used_event(vq)), vq->used, (uint16_t)(vq->used - count));
+	       vring_need_event(ring16(READ_ONCE(*used_event(vq))), vq->used,
+				(uint16_t)(vq->used - count));
+}
+
+/* Whether and when we want kicks was written to the used ring. */
+static void mark_wish(struct virtqueue *vq)
+{
+	virtqueue_mark_used(vq,
+			    vq->event_idx ? offsetof(struct vring_used, ring[vq->num]) :
+					    offsetof(struct vring_used, flags),
+			    sizeof(uint16_t));
 }
 
 void split_disable_notification(struct virtqueue *vq)
 {
 	/* With EVENT_IDX an event index that stays behind suppresses kicks by itself (2.7.10). */
-	if (!vq->event_idx)
-		WRITE_ONCE(vq->split.used->flags, VRING_USED_F_NO_NOTIFY);
+	if (vq->event_idx)
+		return;
+	WRITE_ONCE(vq->split.used->flags, ring16(VRING_USED_F_NO_NOTIFY));
+	if (unlikely(vq->log))
+		mark_wish(vq);
 }
 
 bool split_enable_notification(struct virtqueue *vq)
 {
 	if (vq->event_idx)
-		WRITE_ONCE(*avail_event(vq), vq->last_avail);
+		WRITE_ONCE(*avail_event(vq), ring16(vq->last_avail));
 	else
 		WRITE_ONCE(vq->split.used->flags, 0);
+	if (unlikely(vq->log))
+		mark_wish(vq);
 	/* Our wish before the last look at avail.idx; pairs with the barrier between the driver's
 	 * publishing and its reading of the wish. */
 	FULL_BARRIER();
@@ -218,7 +281,7 @@ bool split_enable_notification(struct virtqueue *vq)
 bool split_has_work(struct virtqueue *vq)
 {
 	return vq->shadow_avail != vq->last_avail ||
-	       READ_ONCE(vq->split.avail->idx) != vq->last_avail;
+	       ring16(READ_ONCE(vq->split.avail->idx)) != vq->last_avail;
 }
 
 uint32_t split_base(const struct virtqueue *vq)

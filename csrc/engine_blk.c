@@ -23,6 +23,7 @@
 #include "barrier.h"
 #include "engine_blk.h"
 #include "eventfd.h"
+#include "virtqueue_log.h"
 
 #define SPIN_MAX_NS 32000u
 #define SPIN_START_NS 4000u
@@ -47,11 +48,18 @@ static void fault(struct virtqueue *vq, const struct vhost_chain *c, enum virtqu
 	STORE_RELEASE(vq->report.fault, what); /* others look for it at any time */
 }
 
+static void tell_log(struct blk_queue *q)
+{
+	if (virtqueue_should_tell_log(q->vq))
+		eventfd_signal(q->vq->log->fd);
+}
+
 static void publish(struct blk_queue *q)
 {
 	virtqueue_flush(q->vq);
 	if (virtqueue_should_notify(q->vq))
 		virtqueue_call(&q->call); /* an error has no one to be told: the peer closed its end */
+	tell_log(q);
 }
 
 /* Runs chains that were popped. False: one was no request; those before it are staged. */
@@ -66,6 +74,8 @@ static bool run(struct virtqueue *vq, const struct blk_disk *disk, bool writethr
 		fault(vq, c, f);
 		return false;
 	}
+	/* Data that was read fills them, and the status is at their end, whatever was read. */
+	virtqueue_log_chain(vq, virtqueue_memory(vq), c, c->in_len);
 	/* Cannot fail: the chain is out, and no more was written than it has room for. */
 	virtqueue_fill(vq, c->id, written);
 	return true;
@@ -89,8 +99,13 @@ static bool serve(struct blk_worker *w, struct blk_queue *q)
 	for (i = 0; i < (int)BLK_BATCH; i++)
 		batch[i] = &w->chains[i];
 	n = virtqueue_pop_batch(q->vq, batch, BLK_BATCH);
-	if (!n)
+	if (!n) {
+		if (unlikely(q->vq->report.fault) && !q->missed) {
+			q->missed = true;
+			eventfd_signal(w->engine->notice);
+		}
 		return false;
+	}
 	if (q->armed && n > 0) {
 		virtqueue_disable_notification(q->vq);
 		q->armed = false;
@@ -188,6 +203,7 @@ static bool rearm(struct blk_worker *w)
 			continue;
 		q->armed = true;
 		pending |= virtqueue_enable_notification(q->vq);
+		tell_log(q);
 	}
 	return pending;
 }
@@ -228,6 +244,8 @@ static void sleep_until_kick(struct blk_worker *w)
 		if (q->kick < 0 && !q->failed)
 			timeout = 1;
 	n = epoll_wait(w->epoll, events, 8, timeout);
+	for (q = w->queues; q; q = q->next)
+		q->missed = false; /* a kick is worth asking again, should nobody have answered */
 	for (i = 0; i < n; i++)
 		if (!events[i].data.ptr && read(w->wake, &one, sizeof(one)) < 0 && errno != EAGAIN)
 			continue; /* `wake` is ours and an eventfd: cannot happen */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * Tables of regions: built once, sorted both ways, then only read. The hint is the one exception, and
+ * Tables of regions: built once, sorted in each way that is searched, then only read. The hint is the one exception, and
  * a wrong hint costs a search, never a wrong answer.
  */
 #include "guest_memory.h"
@@ -21,6 +21,13 @@ static int compare_user(const void *a, const void *b)
 	const struct guest_region *x = a, *y = b;
 
 	return (x->user_addr > y->user_addr) - (x->user_addr < y->user_addr);
+}
+
+static int compare_host(const void *a, const void *b)
+{
+	const struct guest_region *x = a, *y = b;
+
+	return (x->host > y->host) - (x->host < y->host);
 }
 
 static bool overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size)
@@ -71,17 +78,20 @@ int guest_memory_init(struct guest_memory *mem, const struct guest_region *regio
 			return -EINVAL;
 	}
 	*bad = 0;
-	table = calloc((size_t)room * 2, sizeof(*table));
+	table = calloc((size_t)room * 3, sizeof(*table));
 	if (!table)
 		return -ENOMEM;
 	mem->by_guest = table;
 	mem->by_user = table + room;
+	mem->by_host = table + 2 * room;
 	mem->nregions = n;
 	if (n) {
 		memcpy(mem->by_guest, regions, n * sizeof(*table));
 		memcpy(mem->by_user, regions, n * sizeof(*table));
 		qsort(mem->by_guest, n, sizeof(*table), compare_guest);
 		qsort(mem->by_user, n, sizeof(*table), compare_user);
+		memcpy(mem->by_host, regions, n * sizeof(*table));
+		qsort(mem->by_host, n, sizeof(*table), compare_host);
 	}
 	for (uint32_t i = 1; i < n; i++) {
 		const struct guest_region *g = &mem->by_guest[i], *u = &mem->by_user[i];
@@ -101,7 +111,7 @@ int guest_memory_init(struct guest_memory *mem, const struct guest_region *regio
 void guest_memory_destroy(struct guest_memory *mem)
 {
 	free(mem->by_guest);
-	mem->by_guest = mem->by_user = NULL;
+	mem->by_guest = mem->by_user = mem->by_host = NULL;
 	mem->nregions = 0;
 }
 
@@ -139,6 +149,16 @@ static const struct guest_region *search_user(struct guest_memory *mem, uint64_t
 	return &mem->by_user[i];
 }
 
+const struct guest_region *guest_memory_search_host(const struct guest_memory *mem, const void *host)
+{
+	const uint8_t *at = host;
+	uint32_t i = LAST_AT_OR_BELOW(mem->by_host, host, at);
+
+	if (i == mem->nregions || (uint64_t)(at - mem->by_host[i].host) >= mem->by_host[i].size)
+		return NULL;
+	return &mem->by_host[i];
+}
+
 uint8_t *guest_memory_area(struct guest_memory *mem, uint64_t guest_addr, uint64_t len)
 {
 	uint64_t got = len;
@@ -147,7 +167,7 @@ uint8_t *guest_memory_area(struct guest_memory *mem, uint64_t guest_addr, uint64
 	return got == len ? p : NULL;
 }
 
-uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, uint64_t len)
+uint8_t *guest_memory_user_at(struct guest_memory *mem, uint64_t user_addr, uint64_t *len)
 {
 	const struct guest_region *r = search_user(mem, user_addr);
 	uint64_t off;
@@ -155,7 +175,17 @@ uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, ui
 	if (!r)
 		return NULL;
 	off = user_addr - r->user_addr;
-	return len <= r->size - off ? r->host + off : NULL;
+	if (*len > r->size - off)
+		*len = r->size - off;
+	return r->host + off;
+}
+
+uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, uint64_t len)
+{
+	uint64_t got = len;
+	uint8_t *p = guest_memory_user_at(mem, user_addr, &got);
+
+	return got == len ? p : NULL;
 }
 
 bool guest_memory_user_to_guest(struct guest_memory *mem, uint64_t user_addr, uint64_t *guest_addr)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
  * Guest memory: a sorted, immutable table of regions, and the translation of guest-physical and
- * user addresses to host pointers. Knows nothing of rings, of who maps the regions or of when
+ * user addresses to host pointers, and back. Knows nothing of rings, of who maps the regions or of when
  * they are unmapped: whoever keeps a table keeps its mappings alive.
  *
  * "User address" is the address of a byte in the front-end's process (vhost-user's ring addresses
@@ -33,6 +33,7 @@ struct guest_memory {
 	uint32_t nregions;
 	struct guest_region *by_guest; /* sorted by guest_addr */
 	struct guest_region *by_user;  /* sorted by user_addr */
+	struct guest_region *by_host;  /* sorted by host */
 	/* Which region the last look-up in this stretch of guest addresses ended in; stretches are
 	 * as long as it takes to have a hint for each. Only ever a guess, checked before use, so
 	 * threads may overwrite each other's (relaxed accesses). */
@@ -79,6 +80,12 @@ static inline uint8_t *guest_memory_at(struct guest_memory *mem, uint64_t guest_
 		*len = r->size - off;
 	return r->host + off;
 }
+
+/* The same for a user address. A search, without a guess. */
+uint8_t *guest_memory_user_at(struct guest_memory *mem, uint64_t user_addr, uint64_t *len);
+
+/* The region that a host pointer points into, or NULL: the way back, for who wrote through one. */
+const struct guest_region *guest_memory_search_host(const struct guest_memory *mem, const void *host);
 
 /* Host pointer of `len` contiguous bytes at a guest or a user address, or NULL. For ring areas. */
 uint8_t *guest_memory_area(struct guest_memory *mem, uint64_t guest_addr, uint64_t len);

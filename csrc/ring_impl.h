@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
  * The two formats behind virtqueue.h: the same functions, in the same order, in device_split.c and
- * device_packed.c, and in driver_split.c and driver_packed.c. virtqueue.c chooses between them.
+ * device_packed.c, and in driver_split.c and driver_packed.c. virtqueue.c chooses between them. A device
+ * also has split rings in the other byte order, device_split_swapped.c.
  */
 #ifndef VHOST_RING_IMPL_H
 #define VHOST_RING_IMPL_H
 
 #include "virtqueue.h"
 
-#define DECLARE_RING(format)                                                                       \
+#define DECLARE_DEVICE(format)                                                                     \
 	int format##_init(struct virtqueue *vq, const struct virtqueue_config *cfg);               \
 	void format##_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas);        \
 	int format##_pop(struct virtqueue *vq, struct vhost_chain *c);                             \
@@ -20,8 +21,9 @@
 	void format##_disable_notification(struct virtqueue *vq);                                  \
 	bool format##_enable_notification(struct virtqueue *vq);                                   \
 	bool format##_has_work(struct virtqueue *vq);                                              \
-	uint32_t format##_base(const struct virtqueue *vq);                                        \
-                                                                                                   \
+	uint32_t format##_base(const struct virtqueue *vq)
+
+#define DECLARE_DRIVER(format)                                                                     \
 	int format##_driver_init(struct driver_queue *dq, const struct driver_config *cfg);        \
 	uint32_t format##_driver_base(const struct driver_queue *dq);                              \
 	int format##_add(struct driver_queue *dq, const struct virtqueue_request *req);            \
@@ -33,7 +35,10 @@
 	bool format##_enable_cb(struct driver_queue *dq);                                          \
 	bool format##_more_used(struct driver_queue *dq)
 
-DECLARE_RING(split);
-DECLARE_RING(packed);
+DECLARE_DEVICE(split);
+DECLARE_DEVICE(swapped);
+DECLARE_DEVICE(packed);
+DECLARE_DRIVER(split);
+DECLARE_DRIVER(packed);
 
 #endif

@@ -9,9 +9,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "inflight.h"
 #include "ring_impl.h"
+#include "ring_shadow.h"
 
-#define FORMAT(q, call) ((q)->is_packed ? packed_##call : split_##call)
+#define FORMAT(q, call)                                                                            \
+	((q)->is_packed ? packed_##call : likely(!(q)->swapped) ? split_##call : swapped_##call)
+#define DRIVER_FORMAT(q, call) ((q)->is_packed ? packed_##call : split_##call)
 
 static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_OK] = "no fault",
@@ -35,8 +39,18 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_USED_ID] = "used element names a buffer that the device does not have",
 	[VQ_USED_JUMP] = "used index ran ahead of what the device has",
 	[VQ_USED_BATCH] = "used element stands for more buffers than were used",
+	[VQ_LOG_ADDRESS] = "written page is outside the dirty log",
 	[VQ_REQUEST_HEADER] = "request is shorter than its header",
 	[VQ_REQUEST_STATUS] = "request has no room for its status",
+	[VQ_INFLIGHT_VERSION] = "in-flight region has a version that is not known",
+	[VQ_INFLIGHT_SIZE] = "in-flight region is for another queue size",
+	[VQ_INFLIGHT_FLAG] = "in-flight region has a flag that is neither 0 nor 1",
+	[VQ_INFLIGHT_INDEX] = "in-flight region names an entry or a position that does not exist",
+	[VQ_INFLIGHT_LIST] = "in-flight region has a list that loops or does not end where it should",
+	[VQ_INFLIGHT_BATCH] = "used index is too far from that of the in-flight region",
+	[VQ_INFLIGHT_COUNT] = "in-flight region has more in flight than was made available",
+	[VQ_INFLIGHT_CHAIN] = "in-flight region has descriptors that are no chain of their length",
+	[VQ_MISS] = "IOTLB miss",
 };
 
 const char *virtqueue_fault_text(enum virtqueue_fault fault)
@@ -59,23 +73,31 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	int rc;
 
 	memset(vq, 0, sizeof(*vq));
-	if (!valid_num(cfg->num, cfg->packed))
+	if (!valid_num(cfg->num, cfg->packed) || (cfg->packed && cfg->swapped))
 		return -EINVAL;
 	vq->mem = cfg->mem;
 	vq->num = cfg->num;
 	vq->is_packed = cfg->packed;
+	vq->swapped = cfg->swapped;
 	vq->indirect = cfg->indirect;
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
-	rc = FORMAT(vq, init)(vq, cfg);
-	if (rc)
+	vq->iotlb = cfg->iotlb;
+	if (cfg->inflight && (rc = inflight_alloc(vq, cfg->inflight, cfg->inflight_num)))
 		return rc;
-	vq->slots = calloc(vq->num, sizeof(*vq->slots));
-	if (vq->in_order)
-		vq->order = calloc(vq->num, sizeof(*vq->order));
-	if (!vq->slots || (vq->in_order && !vq->order)) {
+	rc = FORMAT(vq, init)(vq, cfg);
+	if (!rc) {
+		vq->slots = calloc(vq->num, sizeof(*vq->slots));
+		if (vq->in_order)
+			vq->order = calloc(vq->num, sizeof(*vq->order));
+		if (vq->iotlb)
+			vq->shadow = ring_shadow_new(vq->num, vq->is_packed);
+		if (!vq->slots || (vq->in_order && !vq->order) || (vq->iotlb && !vq->shadow))
+			rc = -ENOMEM;
+	}
+	if (rc) {
 		virtqueue_destroy(vq);
-		return -ENOMEM;
+		return rc;
 	}
 	virtqueue_enable_notification(vq);
 	return 0;
@@ -85,8 +107,11 @@ void virtqueue_destroy(struct virtqueue *vq)
 {
 	free(vq->slots);
 	free(vq->order);
+	free(vq->shadow);
+	inflight_free(vq);
 	vq->slots = NULL;
 	vq->order = NULL;
+	vq->shadow = NULL;
 }
 
 void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
@@ -96,18 +121,36 @@ void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
 	FORMAT(vq, set_areas)(vq, areas);
 }
 
+void virtqueue_retry(struct virtqueue *vq)
+{
+	if (vq->report.fault == VQ_MISS && virtqueue_is_mapped(vq))
+		vq->report.fault = VQ_OK;
+}
+
+/* What a queue that does not go on gives instead of a chain. */
+static int stopped(const struct virtqueue *vq)
+{
+	return vq->report.fault == VQ_MISS ? 0 : -1;
+}
+
 int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop)(vq, c);
+		return stopped(vq);
+	rc = FORMAT(vq, pop)(vq, c);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop_batch)(vq, c, n);
+		return stopped(vq);
+	rc = FORMAT(vq, pop_batch)(vq, c, n);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
@@ -120,7 +163,8 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 	/* One that is done has a seq beyond the mask. */
 	if (!slot->ndesc || slot->seq != ((vq->pops - 1) & VQ_SEQ_MASK))
 		return -EINVAL;
-	FORMAT(vq, unpop)(vq, slot->ndesc);
+	if (likely(!vq->inflight) || !inflight_unpop(vq, c->id))
+		FORMAT(vq, unpop)(vq, slot->ndesc);
 	vq->inuse -= slot->ndesc;
 	vq->pops--;
 	slot->ndesc = 0;
@@ -134,14 +178,24 @@ int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return FORMAT(vq, fill)(vq, id, written);
 }
 
+/* Behind an IOMMU, the ring is not there: see ring_shadow.h. It always says so in the report. */
+static inline bool is_away(const struct virtqueue *vq)
+{
+	return unlikely(vq->report.fault) && !virtqueue_is_mapped(vq);
+}
+
 void virtqueue_flush(struct virtqueue *vq)
 {
-	FORMAT(vq, flush)(vq);
+	if (is_away(vq))
+		ring_shadow_flush(vq);
+	else
+		FORMAT(vq, flush)(vq);
 }
 
 bool virtqueue_should_notify(struct virtqueue *vq)
 {
-	return FORMAT(vq, should_notify)(vq);
+	/* What was published before is decided on once the driver's wish can be read. */
+	return !is_away(vq) && FORMAT(vq, should_notify)(vq);
 }
 
 void virtqueue_disable_notification(struct virtqueue *vq)
@@ -153,12 +207,13 @@ void virtqueue_disable_notification(struct virtqueue *vq)
 bool virtqueue_enable_notification(struct virtqueue *vq)
 {
 	vq->notify_off = false;
-	return FORMAT(vq, enable_notification)(vq);
+	/* For what cannot go on there is nothing to look for again. */
+	return (FORMAT(vq, enable_notification)(vq) || inflight_pending(vq)) && !vq->report.fault;
 }
 
 bool virtqueue_has_work(struct virtqueue *vq)
 {
-	return !vq->report.fault && FORMAT(vq, has_work)(vq);
+	return !vq->report.fault && (FORMAT(vq, has_work)(vq) || inflight_pending(vq));
 }
 
 uint32_t virtqueue_base(const struct virtqueue *vq)
@@ -187,7 +242,7 @@ int driver_queue_init(struct driver_queue *dq, const struct driver_config *cfg)
 	dq->slots = calloc(dq->num, sizeof(*dq->slots));
 	if (!dq->slots)
 		return -ENOMEM;
-	rc = FORMAT(dq, driver_init)(dq, cfg);
+	rc = DRIVER_FORMAT(dq, driver_init)(dq, cfg);
 	if (rc)
 		driver_queue_destroy(dq);
 	return rc;
@@ -201,7 +256,7 @@ void driver_queue_destroy(struct driver_queue *dq)
 
 uint32_t driver_queue_base(const struct driver_queue *dq)
 {
-	return FORMAT(dq, driver_base)(dq);
+	return DRIVER_FORMAT(dq, driver_base)(dq);
 }
 
 int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out,
@@ -209,37 +264,37 @@ int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, uns
 {
 	struct virtqueue_request req = { bufs, out, in, token };
 
-	return FORMAT(dq, add)(dq, &req);
+	return DRIVER_FORMAT(dq, add)(dq, &req);
 }
 
 int virtqueue_add_batch(struct driver_queue *dq, const struct virtqueue_request *reqs, unsigned n)
 {
-	return FORMAT(dq, add_batch)(dq, reqs, n);
+	return DRIVER_FORMAT(dq, add_batch)(dq, reqs, n);
 }
 
 bool virtqueue_kick_prepare(struct driver_queue *dq)
 {
-	return FORMAT(dq, kick_prepare)(dq);
+	return DRIVER_FORMAT(dq, kick_prepare)(dq);
 }
 
 int virtqueue_get_buf(struct driver_queue *dq, uint64_t *token, uint32_t *written)
 {
 	if (unlikely(dq->report.fault))
 		return -1;
-	return FORMAT(dq, get_buf)(dq, token, written);
+	return DRIVER_FORMAT(dq, get_buf)(dq, token, written);
 }
 
 void virtqueue_disable_cb(struct driver_queue *dq)
 {
-	FORMAT(dq, disable_cb)(dq);
+	DRIVER_FORMAT(dq, disable_cb)(dq);
 }
 
 bool virtqueue_enable_cb(struct driver_queue *dq)
 {
-	return FORMAT(dq, enable_cb)(dq);
+	return DRIVER_FORMAT(dq, enable_cb)(dq);
 }
 
 bool virtqueue_more_used(struct driver_queue *dq)
 {
-	return FORMAT(dq, more_used)(dq);
+	return DRIVER_FORMAT(dq, more_used)(dq);
 }

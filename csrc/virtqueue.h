@@ -42,10 +42,24 @@ enum virtqueue_fault {
 	VQ_USED_ID,	       /* driver side: used element for nothing that is out */
 	VQ_USED_JUMP,	       /* driver side: used.idx ran ahead of what is out */
 	VQ_USED_BATCH,	       /* driver side, in_order: element for more chains than used.idx covers */
+	VQ_LOG_ADDRESS,	       /* written to a page that the dirty log does not cover */
 	/* Set by an engine or a device, never by the rings: a chain that is well-formed, but no request
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
 	VQ_REQUEST_STATUS,     /* fewer device-writable bytes than the answer needs at least */
+	/* No fault: the IOTLB lacks a mapping for the next chain, or for the ring itself. The queue looks
+	 * empty, and nothing changed, until virtqueue_retry or virtqueue_map. `value` is the IOVA, `limit` the
+	 * access that is lacking (IOTLB_READ, IOTLB_WRITE). */
+	VQ_MISS,
+	/* What the region of in-flight tracking says cannot be (inflight.h). */
+	VQ_INFLIGHT_VERSION,
+	VQ_INFLIGHT_SIZE,      /* for fewer entries than the ring has, or than was said */
+	VQ_INFLIGHT_FLAG,      /* neither 0 nor 1 */
+	VQ_INFLIGHT_INDEX,     /* of an entry, a head or a position that does not exist */
+	VQ_INFLIGHT_LIST,      /* loops, misses entries, or ends elsewhere */
+	VQ_INFLIGHT_BATCH,     /* the used index is further ahead than a batch can be */
+	VQ_INFLIGHT_COUNT,     /* more in flight than was made available */
+	VQ_INFLIGHT_CHAIN,     /* packed: saved descriptors that are no chain of that length */
 	VQ_FAULTS
 };
 
@@ -59,6 +73,9 @@ struct virtqueue_fault_report {
 	uint64_t limit; /* ... and what it had to stay below (0: not a matter of size) */
 };
 
+struct iotlb;
+struct ring_shadow;
+
 /* Where the three areas are. Packed: avail is the driver's, used the device's event area. */
 struct virtqueue_areas {
 	void *desc, *avail, *used;
@@ -69,9 +86,13 @@ struct virtqueue_areas {
 struct virtqueue_config {
 	struct virtqueue_areas areas; /* host pointers, translated and checked for alignment and overlap by the caller */
 	struct guest_memory *mem;
+	struct iotlb *iotlb; /* addresses are IOVAs; `mem` is its view then. NULL: they are guest addresses */
 	uint32_t num;
 	uint32_t base; /* of SET_VRING_BASE; packed: both indices and wraps, 0x80008000 when new */
 	bool packed, indirect, event_idx, in_order;
+	bool swapped; /* split only: a legacy driver of the other byte order (2.7.3) */
+	void *inflight; /* the queue's region of in-flight tracking, aligned to 8; NULL: none */
+	uint32_t inflight_num; /* entries of it, as the front-end says */
 };
 
 /* Per head (split) or buffer id (packed); small, for the cache's sake. */
@@ -81,6 +102,8 @@ struct vq_slot {
 	uint16_t seq;	/* of its pop, modulo VQ_SEQ_MASK + 1: tells unpop whether it is the newest; a
 			 * caller who is wrong about that is caught, but for one case in 32768 */
 };
+
+struct virtqueue_log;
 
 #define VQ_SEQ_MASK 0x7fffu
 #define VQ_SLOT_DONE 0x8000u /* in seq: filled, waiting for its elders (in_order) */
@@ -100,6 +123,7 @@ struct virtqueue {
 	};
 	uint32_t num;
 	bool is_packed, indirect, event_idx, in_order;
+	bool swapped; /* the ring is in the other byte order */
 	/* Split: free-running 16-bit indices. Packed: positions, each with its wrap counter. */
 	uint16_t last_avail;   /* next to pop */
 	uint16_t shadow_avail; /* split: avail.idx as last read */
@@ -116,18 +140,37 @@ struct virtqueue {
 	struct vq_slot *slots; /* num */
 	uint16_t *order;       /* in_order: circle of num ids, popped and not yet staged */
 	uint32_t order_head, order_count;
+	struct inflight *inflight; /* NULL: nobody tracks */
 	struct virtqueue_fault_report report;
+	struct iotlb *iotlb;	    /* NULL: there is no IOMMU */
+	struct ring_shadow *shadow; /* there is one with an IOTLB */
+	struct virtqueue_log *log; /* NULL: nothing is logged; see virtqueue_log.h */
 };
 
-/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range), -ENOMEM. Split:
- * the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a predecessor
- * left in the ring; work that is there already comes without one. */
+/* 0, -EINVAL (num: split power of two <= 32768, packed 1..32768; base out of range; packed and swapped),
+ * -ENOMEM. Split: the used index goes on from what used.idx holds. Asks the driver for kicks, whatever a
+ * predecessor left in the ring; work that is there already comes without one.
+ *
+ * With an in-flight region that was used before, it and the ring say where to go on, not `base`, and what
+ * was in flight is popped first, in its order. -EBADMSG: it cannot be, see vq->report. */
 int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg);
 void virtqueue_destroy(struct virtqueue *vq);
 
 /* Swap guest memory and the areas' host pointers, nothing else. Chains that are out stay out. */
 void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
 			  const struct virtqueue_areas *areas);
+
+/*
+ * Behind an IOMMU. The ring's own areas are no longer mapped: they are not touched from here on. What is
+ * given back meanwhile is kept, and published when they are mapped again, perhaps elsewhere. `iova` and
+ * `access` are for the report, VQ_MISS.
+ */
+void virtqueue_unmap(struct virtqueue *vq, uint64_t iova, uint32_t access);
+void virtqueue_map(struct virtqueue *vq, const struct virtqueue_areas *areas);
+bool virtqueue_is_mapped(const struct virtqueue *vq);
+
+/* The IOTLB changed: what was missed before is tried again with the next pop. */
+void virtqueue_retry(struct virtqueue *vq);
 
 /* 1: *c is the next chain; 0: nothing available; -1: broken, see vq->report. */
 int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c);

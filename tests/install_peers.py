@@ -121,7 +121,7 @@ def main() -> int:
         qemu = [package for name in ("qemu", "qsd") if name in todo for package in PEERS[name].packages]
         tools = [
             package
-            for name in ("busybox", "cpio", "gcc", "iproute2")
+            for name in ("busybox", "cpio", "gcc", "iproute2", "dpdk")
             if name in todo
             for package in PEERS[name].packages
         ]

@@ -20,10 +20,11 @@ Buf = tuple[int, int]  # guest address, length
 
 
 class Ram:
-    """Guest memory as whoever has the bytes sees it: pieces of it at guest addresses."""
+    """Guest memory as whoever has the bytes sees it: pieces of it at guest addresses. ``order``: of the
+    guest's numbers, ">" for a legacy driver on a big-endian machine (2.7.3)."""
 
-    def __init__(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: Sequence[tuple[int, memoryview]], order: str = "<") -> None:
+        self.pieces, self.order = pieces, order
 
     def _bytes(self, addr: int, size: int) -> Iterator[tuple[memoryview, int]]:
         """Each single piece of [addr, addr + size), and how far into the range it begins."""
@@ -47,10 +48,10 @@ class Ram:
             part[:] = data[done : done + len(part)]
 
     def get(self, layout: str, addr: int) -> tuple[int, ...]:
-        return struct.unpack("<" + layout, self.read(addr, struct.calcsize("<" + layout)))
+        return struct.unpack(self.order + layout, self.read(addr, struct.calcsize("<" + layout)))
 
     def put(self, layout: str, addr: int, *values: int) -> None:
-        self.write(addr, struct.pack("<" + layout, *values))
+        self.write(addr, struct.pack(self.order + layout, *values))
 
 
 @dataclass(frozen=True)

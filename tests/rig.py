@@ -15,6 +15,8 @@ from vhost.virtqueue import DeviceQueue, DriverQueue
 BASE = 0x10_0000  # guest address of the first region
 USER = 0x7F00_0000_0000  # user address of it
 
+DEVICE_FEATURES = ("indirect", "event_idx", "in_order", "big_endian")
+
 
 class Rig:
     """Guest memory whose first bytes are a ring, whose last are free for buffers and indirect tables."""
@@ -28,14 +30,15 @@ class Rig:
             regions.append(Region.allocate(size, guest_addr=at, user_addr=at - BASE + USER))
             at += size
         self.memory = GuestMemory(regions)
-        self.ram = model.Ram([(r.guest_addr, memoryview(r)) for r in regions])
+        order = ">" if features.get("big_endian") else "<"
+        self.ram = model.Ram([(r.guest_addr, memoryview(r)) for r in regions], order)
         self.num, self.packed, self.features = num, packed, features
         self.areas, end = model.areas_at(BASE, num, packed)
         self.data = (end + 0xFFF) // 0x1000 * 0x1000  # guest address of the free part
         self.end = at
 
     def device(self, **more: Any) -> DeviceQueue:
-        features = {k: v for k, v in self.features.items() if k in ("indirect", "event_idx", "in_order")}
+        features = {k: v for k, v in self.features.items() if k in DEVICE_FEATURES}
         return DeviceQueue(
             self.memory,
             self.num,

@@ -97,6 +97,9 @@ class Jobs:
 class Common(RuleBasedStateMachine):
     """The ring, whatever is at its two ends."""
 
+    #: Split rings may be big-endian: we are the device of a legacy driver.
+    either_order = False
+
     def __init__(self) -> None:
         super().__init__()
         self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
@@ -110,15 +113,25 @@ class Common(RuleBasedStateMachine):
         num=st.integers(1, 13),
         event_idx=st.booleans(),
         in_order=st.booleans(),
+        big_endian=st.booleans(),
         indirect=st.booleans(),
         start=st.one_of(st.just(0), st.integers(0, 100), st.integers(65500, 65535)),
     )
     def set_up(
-        self, packed: bool, num: int, event_idx: bool, in_order: bool, indirect: bool, start: int
+        self,
+        packed: bool,
+        num: int,
+        event_idx: bool,
+        in_order: bool,
+        big_endian: bool,
+        indirect: bool,
+        start: int,
     ) -> None:
+        features = {"event_idx": event_idx, "in_order": in_order}
         if not packed:
             num = 1 << num % 5
-        self.rig = Rig(num, packed=packed, sizes=SIZES, event_idx=event_idx, in_order=in_order)
+            features["big_endian"] = big_endian and self.either_order
+        self.rig = Rig(num, packed=packed, sizes=SIZES, **features)
         self.jobs = Jobs(self.rig, deque(range(num)))
         self.packed, self.event_idx, self.in_order, self.indirect = packed, event_idx, in_order, indirect
         self.begin(*self.rig.start(start))
@@ -132,6 +145,8 @@ class Common(RuleBasedStateMachine):
 
 class DeviceMachine(Common):
     """DeviceQueue with the model's driver."""
+
+    either_order = True
 
     def begin(self, at: Any, base: int) -> None:
         self.driver = self.rig.model_driver(at)

@@ -38,9 +38,35 @@ cdef extern from "guest_memory.h" nogil:
     uint8_t *guest_memory_at(guest_memory *, uint64_t, uint64_t *)
     uint8_t *guest_memory_area(guest_memory *, uint64_t, uint64_t)
     uint8_t *guest_memory_user_area(guest_memory *, uint64_t, uint64_t)
+    uint8_t *guest_memory_user_at(guest_memory *, uint64_t, uint64_t *)
     bint guest_memory_user_to_guest(guest_memory *, uint64_t, uint64_t *)
     uint64_t guest_memory_read(guest_memory *, uint64_t, void *, uint64_t)
     uint64_t guest_memory_write(guest_memory *, uint64_t, const void *, uint64_t)
+
+
+cdef extern from "iotlb.h" nogil:
+    enum:
+        IOTLB_MAX_ENTRIES
+        IOTLB_READ
+        IOTLB_WRITE
+        IOTLB_ACCESS_MASK
+
+    struct iotlb:
+        guest_memory view
+        uint32_t nentries
+
+    struct iotlb_miss:
+        uint64_t iova
+        uint32_t access
+
+    int iotlb_init(iotlb *, guest_memory *)
+    void iotlb_destroy(iotlb *)
+    int iotlb_update(iotlb *, uint64_t, uint64_t, uint64_t, uint32_t)
+    void iotlb_invalidate(iotlb *, uint64_t, uint64_t)
+    void iotlb_clear(iotlb *)
+    void iotlb_set_memory(iotlb *, guest_memory *)
+    iotlb_miss iotlb_missing(iotlb *, uint64_t, uint64_t, uint32_t)
+    uint8_t *iotlb_area(iotlb *, uint64_t, uint64_t, uint32_t)
 
 
 cdef extern from "eventfd.h" nogil:
@@ -101,6 +127,7 @@ cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
         VQ_ADDRESS
+        VQ_MISS
 
     const char *virtqueue_fault_text(virtqueue_fault)
 
@@ -118,12 +145,16 @@ cdef extern from "virtqueue.h" nogil:
     struct virtqueue_config:
         virtqueue_areas areas
         guest_memory *mem
+        iotlb *iotlb
         uint32_t num
         uint32_t base
         bint packed
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
+
+    struct virtqueue_log
 
     struct virtqueue:
         uint32_t num
@@ -131,13 +162,19 @@ cdef extern from "virtqueue.h" nogil:
         bint indirect
         bint event_idx
         bint in_order
+        bint swapped
         bint notify_off
         uint32_t inuse
         virtqueue_fault_report report
+        virtqueue_log *log
 
     int virtqueue_init(virtqueue *, const virtqueue_config *)
     void virtqueue_destroy(virtqueue *)
     void virtqueue_set_memory(virtqueue *, guest_memory *, const virtqueue_areas *)
+    void virtqueue_unmap(virtqueue *, uint64_t, uint32_t)
+    void virtqueue_map(virtqueue *, const virtqueue_areas *)
+    bint virtqueue_is_mapped(const virtqueue *)
+    void virtqueue_retry(virtqueue *)
     int virtqueue_pop(virtqueue *, vhost_chain *)
     int virtqueue_pop_batch(virtqueue *, vhost_chain **, unsigned int)
     int virtqueue_unpop(virtqueue *, const vhost_chain *)
@@ -192,6 +229,36 @@ cdef extern from "virtqueue.h" nogil:
     void virtqueue_disable_cb(driver_queue *)
     bint virtqueue_enable_cb(driver_queue *)
     bint virtqueue_more_used(driver_queue *)
+
+
+cdef extern from "dirty_log.h" nogil:
+    enum:
+        DIRTY_LOG_PAGE
+
+    struct dirty_log:
+        uint8_t *map
+        uint64_t size
+
+    bint dirty_log_covers(const dirty_log *, uint64_t, uint64_t)
+    uint64_t dirty_log_limit(const dirty_log *)
+    bint dirty_log_mark(const dirty_log *, uint64_t, uint64_t)
+    uint64_t dirty_log_take(uint64_t *)
+
+
+cdef extern from "virtqueue_log.h" nogil:
+    struct virtqueue_log:
+        dirty_log map
+        bint ring
+        bint used_given
+        uint64_t used
+        int fd
+        bint changed
+
+    int virtqueue_set_log(virtqueue *, virtqueue_log *)
+    void virtqueue_log_chain(virtqueue *, const guest_memory *, const vhost_chain *, uint32_t)
+    void virtqueue_mark_chain(virtqueue *, const guest_memory *, const vhost_chain *, uint32_t)
+    void virtqueue_log_write(virtqueue *, uint64_t, uint64_t)
+    bint virtqueue_should_tell_log(virtqueue *)
 
 
 cdef extern from "blk_request.h" nogil:

@@ -25,6 +25,7 @@ cdef class Chain:
     cdef bint out            # ... and has not got it back
     cdef int found_busy      # see DeviceQueue's pool
     cdef readonly uint32_t written
+    cdef uint32_t touched    # end of what may have been written otherwise, for the dirty log
     cdef uint32_t consumed   # bytes behind `reader`
     cdef cursor reader
     cdef cursor writer
@@ -46,7 +47,7 @@ cdef inline void chain_start(Chain chain, uint64_t queue) noexcept:
     # A chain was just popped into chain.c, which may have held an earlier one.
     chain.queue = queue
     chain.out = True
-    chain.written = chain.consumed = 0
+    chain.written = chain.consumed = chain.touched = 0
     chain.reader.piece = chain.writer.piece = 0
     chain.reader.offset = chain.writer.offset = 0
     chain.found_busy = 0

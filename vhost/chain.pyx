@@ -134,6 +134,7 @@ cdef class Chain:
     @property
     def writable(self):
         if not self.writable_made:
+            self.touched = self.c.in_len
             if not self.renew(<PyObject *>self.writable_buffers, self.c.iov + self.c.out_num, self.c.in_num):
                 self.writable_buffers = self.buffers(True, 0, -1)
             self.writable_made = True
@@ -173,6 +174,8 @@ cdef class Chain:
         if size == -1 and 0 <= offset <= total:
             size = total - offset
         self.check(writable, offset, size)
+        if writable:
+            self.touched = max(self.touched, <uint32_t>(offset + size))
         at = seek(iov, offset)
         left = size
         first = at.offset
@@ -273,6 +276,7 @@ cdef class Chain:
         cdef cursor at
         self.must_be_out()
         self.check(True, offset, size)
+        self.touched = max(self.touched, <uint32_t>(offset + size))
         at = seek(iov, offset)
         copy(iov, &at, data, size, True)
         return 0

@@ -2,8 +2,10 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhost._core cimport virtqueue, virtqueue_call, vring_used
+from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, virtqueue_log, vring_used
+from vhost._iotlb cimport Iotlb
 from vhost.chain cimport Chain
+from vhost.dirty_log cimport DirtyLog
 from vhost.memory cimport GuestMemory
 
 
@@ -12,6 +14,7 @@ cdef class DeviceQueue:
     cdef virtqueue vq
 
     cdef readonly GuestMemory memory
+    cdef readonly Iotlb iotlb  # None: without an IOMMU
     cdef readonly str name
     cdef readonly uint32_t index
     cdef readonly bint closed
@@ -20,11 +23,14 @@ cdef class DeviceQueue:
     cdef public int err
     cdef uint32_t most  # chains that one drain serves
     cdef uint64_t[3] addrs
+    cdef virtqueue_areas areas  # where they were found last
     cdef bint user_addresses
     cdef bint ready
     cdef uint64_t serial
     cdef int draining
     cdef str reason  # why it is broken, once somebody has asked
+    cdef readonly DirtyLog dirty_log  # keeps log.map mapped
+    cdef virtqueue_log log
 
     # Chain objects to be used again, the oldest first; see front().
     cdef PyObject **pool
@@ -43,5 +49,10 @@ cdef class DeviceQueue:
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
     cdef int give(self, Chain chain, object written) except -1
-    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff
+    cdef int mark(self, Chain chain, uint32_t written) except -1
+    cdef int tell_log(self) except -1
+    cdef int apply_log(self) except -1
+    cdef uint32_t choose_base(
+        self, base, bint packed, bint big_endian, vring_used *used
+    ) except? 0xffffffff
     cdef int tell_driver(self) except -1

@@ -4,7 +4,9 @@
 from collections.abc import Iterator, Sequence
 from typing import final
 
+from vhost._iotlb import Iotlb
 from vhost.chain import Chain
+from vhost.dirty_log import DirtyLog
 from vhost.memory import GuestMemory
 
 __all__ = ["DeviceQueue"]
@@ -39,8 +41,10 @@ class DeviceQueue:
         indirect: bool = True,
         event_idx: bool = False,
         in_order: bool = False,
+        big_endian: bool = False,
         base: int | None = None,
         user_addresses: bool = False,
+        iotlb: Iotlb | None = None,
         kick: int = -1,
         call: int = -1,
         call_vq: int | None = None,
@@ -50,9 +54,13 @@ class DeviceQueue:
     ) -> None:
         """``packed``: ``avail`` is the driver's and ``used`` the device's event suppression area.
 
+        ``big_endian``: a split ring of a legacy driver in that byte order (VIRTIO 2.7.3), as are then what
+        its requests and its configuration space have of numbers: those are the device's business.
+
         ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none). With ``call_vq``,
         ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
         of it.
+        ``iotlb``: all addresses are IOVAs. The ring has to be mapped; what its chains need need not be.
         ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
         """
 
@@ -72,6 +80,8 @@ class DeviceQueue:
     def event_idx(self) -> bool: ...
     @property
     def in_order(self) -> bool: ...
+    @property
+    def big_endian(self) -> bool: ...
     @property
     def memory(self) -> GuestMemory: ...
     def __iter__(self) -> Iterator[Chain]: ...
@@ -115,6 +125,29 @@ class DeviceQueue:
         """Ring slots of chains that were popped and are not published yet."""
 
     @property
+    def device_area_size(self) -> int:
+        """Bytes of what the device writes to: the used ring, or a packed ring's device event area."""
+
+    def set_log(
+        self, log: DirtyLog | None, *, ring: bool = False, used: int | None = None, fd: int = -1
+    ) -> None:
+        """Mark in this log, from now on, the pages that the device writes; None: no longer. Chains that are
+        out are marked when they come back.
+
+        ``ring``: what is written to the ring, too. ``used``: the guest address under which its used ring (or
+        device event area) is marked; None: where it is. ``fd``: an eventfd, the caller's, to be signalled
+        after marks. Raises InvalidLogAddress if the log does not cover the ring; nothing is logged then. A
+        buffer that it does not cover breaks the queue.
+        """
+
+    @property
+    def dirty_log(self) -> DirtyLog | None: ...
+    def mark_written(self, addr: int, size: int) -> None:
+        """For a device that writes to guest memory otherwise than through a chain, after it did: ``size``
+        bytes at a guest address. Chains see to themselves: what ``write`` wrote, what a buffer of
+        ``writable`` covers, and what ``push`` was told."""
+
+    @property
     def broken(self) -> str | None:
         """Why nothing more is processed, or None."""
 
@@ -131,8 +164,20 @@ class DeviceQueue:
     def set_memory(self, memory: GuestMemory) -> None:
         """Go on with another memory table; chains that are out keep the one that they came from.
 
-        The ring must still be in memory (InvalidQueue, and nothing changes).
+        The ring must still be in memory (InvalidQueue, and nothing changes), but for one with an IOTLB, which
+        has to have the memory before: see ``translate``.
         """
 
+    def translate(self) -> list[tuple[int, int]]:
+        """With an IOTLB that changed: find the ring anew, and try again what was missed. Returns what the ring
+        itself lacks, IOVAs and access; while that is something the queue looks empty, touches nothing of the
+        ring, and keeps what is pushed for later. Nothing else may use the queue meanwhile."""
+
+    @property
+    def miss(self) -> tuple[int, int] | None:
+        """The IOVA, and the access that lacks, for which the next chain waits."""
+
+    @property
+    def iotlb(self) -> Iotlb | None: ...
     def close(self) -> None:
         """Process nothing more: chains that come back later are refused, never published."""

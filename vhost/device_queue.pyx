@@ -7,16 +7,19 @@ Knows rings and memory; knows neither devices nor how kicks arrive.
 cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport ENOMEM
+from libc.errno cimport ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from vhost._core cimport *
-from vhost._ring cimport check_num, fault_reason, find_areas, signal, tell
+from vhost._iotlb cimport Iotlb
+from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
 from vhost.chain cimport Chain, chain_start
+from vhost.dirty_log cimport DirtyLog
 from vhost.memory cimport GuestMemory, memory_broken
 
-from vhost.errors import InvalidQueue, QueueBroken
+from vhost.errors import InvalidLogAddress, InvalidQueue, QueueBroken
 
 __all__ = ["DeviceQueue"]
 
@@ -52,8 +55,10 @@ cdef class DeviceQueue:
         bint indirect=True,
         bint event_idx=False,
         bint in_order=False,
+        bint big_endian=False,
         base=None,
         bint user_addresses=False,
+        Iotlb iotlb=None,
         int kick=-1,
         int call=-1,
         call_vq=None,
@@ -65,7 +70,9 @@ cdef class DeviceQueue:
         cdef virtqueue_config cfg
         cdef uint32_t slots = 2
 
+        memset(&cfg, 0, sizeof(cfg))
         self.memory = memory
+        self.iotlb = iotlb
         self.name = name
         self.index = index
         self.kick = kick
@@ -82,14 +89,19 @@ cdef class DeviceQueue:
         self.serial = last_serial
 
         check_num(name, num, packed)
-        find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
-        cfg.mem = memory.c
+        if packed and big_endian:
+            raise InvalidQueue(f"{name}: a packed ring is little-endian")  # no legacy driver has one
+        find_areas(name, memory, iotlb, num, packed, self.addrs, user_addresses, &cfg.areas)
+        self.areas = cfg.areas
+        cfg.mem = memory.c if iotlb is None else &iotlb.c.view
+        cfg.iotlb = NULL if iotlb is None else &iotlb.c
         cfg.num = num
         cfg.packed = packed
         cfg.indirect = indirect
         cfg.event_idx = event_idx
         cfg.in_order = in_order
-        cfg.base = self.choose_base(base, packed, <vring_used *>cfg.areas.used)
+        cfg.swapped = big_endian
+        cfg.base = self.choose_base(base, packed, big_endian, <vring_used *>cfg.areas.used)
         rc = virtqueue_init(&self.vq, &cfg)
         if rc == -ENOMEM:
             raise MemoryError
@@ -112,10 +124,16 @@ cdef class DeviceQueue:
         if self.ready:
             virtqueue_destroy(&self.vq)
 
-    cdef uint32_t choose_base(self, base, bint packed, vring_used *used) except? 0xffffffff:
+    cdef uint32_t choose_base(
+        self, base, bint packed, bint big_endian, vring_used *used
+    ) except? 0xffffffff:
+        cdef uint16_t idx
         if base is None:
             # Nobody said, as old front-ends do: what was published is where it goes on.
-            return 0x80008000 if packed else READ_ONCE(used.idx)
+            if packed:
+                return 0x80008000
+            idx = READ_ONCE(used.idx)
+            return <uint16_t>(idx << 8 | idx >> 8) if big_endian else idx
         if not 0 <= base <= (0xffffffff if packed else 0xffff):
             raise InvalidQueue(f"{self.name}: base {base:#x} does not fit its {32 if packed else 16} bits")
         if packed and base <= 0xffff:
@@ -145,8 +163,16 @@ cdef class DeviceQueue:
         return self.vq.in_order
 
     @property
+    def big_endian(self):
+        return self.vq.swapped
+
+    @property
     def base(self):
         return virtqueue_base(&self.vq)
+
+    @property
+    def device_area_size(self):
+        return vring_device_size(self.vq.num, self.vq.is_packed)
 
     @property
     def in_flight(self):
@@ -288,6 +314,8 @@ cdef class DeviceQueue:
         self.must_be_open()
         if chain.queue != self.serial or not chain.out or virtqueue_unpop(&self.vq, &chain.c):
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
+        if unlikely(self.vq.log != NULL):
+            self.mark(chain, 0)
         chain.out = False
         self.keep(chain)
 
@@ -310,6 +338,8 @@ cdef class DeviceQueue:
             raise ValueError(
                 f"{self.name}: chain {chain.c.id}: {n} bytes written, but only {chain.c.in_len} are writable"
             )
+        if unlikely(self.vq.log != NULL):
+            self.mark(chain, <uint32_t>n)
         rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>n)
         if rc:
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
@@ -347,6 +377,7 @@ cdef class DeviceQueue:
     def flush(self):
         self.must_be_open()
         virtqueue_flush(&self.vq)
+        self.tell_log()
 
     def should_notify(self):
         self.must_be_open()
@@ -357,10 +388,58 @@ cdef class DeviceQueue:
         return bool(self.tell_driver())
 
     cdef int tell_driver(self) except -1:
+        self.tell_log()
         if not virtqueue_should_notify(&self.vq):
             return 0
         tell(&self.to_driver)
         return 1
+
+    # ------------------------------------------------------------------ dirty log
+
+    def set_log(self, DirtyLog log, *, bint ring=False, used=None, int fd=-1):
+        self.must_be_open()
+        if used is not None and not 0 <= used < 1 << 64:
+            raise InvalidLogAddress(f"{self.name}: used ring at {used:#x} does not fit 64 bits")
+        virtqueue_set_log(&self.vq, NULL)
+        self.dirty_log = log
+        if log is None:
+            return
+        self.log.map = log.c
+        self.log.ring = ring
+        self.log.used_given = used is not None
+        if used is not None:
+            self.log.used = used
+        self.log.fd = fd
+        self.log.changed = False
+        self.apply_log()
+
+    cdef int apply_log(self) except -1:
+        cdef int rc = virtqueue_set_log(&self.vq, &self.log)
+        if rc:
+            self.dirty_log = None
+            why = f"beyond the dirty log, which ends at {dirty_log_limit(&self.log.map):#x}"
+            if rc != -ERANGE:
+                why = "in no memory region"
+            where = f"its used ring at {self.log.used:#x}" if self.log.used_given else "it"
+            raise InvalidLogAddress(f"{self.name}: {where} is {why}")
+        return 0
+
+    cdef int mark(self, Chain chain, uint32_t written) except -1:
+        # What a view was made of may have been written by anybody.
+        virtqueue_log_chain(
+            &self.vq, chain.memory.c, &chain.c, max(written, chain.written, chain.touched)
+        )
+        return 0
+
+    def mark_written(self, uint64_t addr, uint64_t size):
+        self.must_be_open()
+        virtqueue_log_write(&self.vq, addr, size)
+        self.tell_log()
+
+    cdef int tell_log(self) except -1:
+        if unlikely(self.vq.log != NULL) and virtqueue_should_tell_log(&self.vq):
+            signal(self.log.fd)
+        return 0
 
     # ------------------------------------------------------------------ kicks
 
@@ -380,12 +459,48 @@ cdef class DeviceQueue:
     def set_memory(self, GuestMemory memory not None):
         cdef virtqueue_areas areas
         self.must_be_open()
-        find_areas(
-            self.name, memory, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
-        )
-        virtqueue_set_memory(&self.vq, memory.c, &areas)
+        if self.iotlb is not None:
+            self.translate()
+        else:
+            find_areas(
+                self.name, memory, None, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
+            )
+            virtqueue_set_memory(&self.vq, memory.c, &areas)
+            self.areas = areas
         self.memory = memory
+        if self.vq.log != NULL:
+            self.apply_log()
         self.empty_pool()
+
+    def translate(self):
+        cdef virtqueue_areas areas
+        cdef list missing = missing_areas(self.iotlb, self.vq.num, self.vq.is_packed, self.addrs)
+        if missing:
+            virtqueue_unmap(&self.vq, missing[0][0], missing[0][1])
+            return missing
+        try:
+            find_areas(
+                self.name, self.memory, self.iotlb, self.vq.num, self.vq.is_packed, self.addrs, False, &areas
+            )
+        except InvalidQueue as error:
+            virtqueue_unmap(&self.vq, self.addrs[0], 0)
+            self.mark_broken(str(error))
+            return missing
+        if not virtqueue_is_mapped(&self.vq) or (
+            areas.desc != self.areas.desc or areas.avail != self.areas.avail or areas.used != self.areas.used
+        ):
+            virtqueue_map(&self.vq, &areas)
+            self.areas = areas
+            self.tell_driver()
+        else:
+            virtqueue_retry(&self.vq)
+        return missing
+
+    @property
+    def miss(self):
+        if LOAD_ACQUIRE(self.vq.report.fault) == VQ_MISS and virtqueue_is_mapped(&self.vq):
+            return self.vq.report.value, self.vq.report.limit
+        return None
 
     def close(self):
         self.closed = True
@@ -429,7 +544,7 @@ cdef class DeviceQueue:
         if self.reason is None:
             if memory_broken(self.memory):
                 self.mark_broken("a memory region's file was truncated")
-            elif self.vq.report.fault:
+            elif self.vq.report.fault and self.vq.report.fault != VQ_MISS:
                 self.reason = fault_reason(&self.vq.report)
                 signal(self.err)
         return 0

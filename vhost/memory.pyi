@@ -31,8 +31,18 @@ class Region:
         """Zeroed memory in a memfd that cannot change its size; ``user_addr`` None: our own address."""
 
     @classmethod
-    def from_fd(cls, fd: int, size: int, *, guest_addr: int, user_addr: int, mmap_offset: int = 0) -> Region:
-        """Map a part of somebody's file. The caller keeps ``fd``, and may close it at once."""
+    def from_fd(
+        cls,
+        fd: int,
+        size: int,
+        *,
+        guest_addr: int,
+        user_addr: int,
+        mmap_offset: int = 0,
+        what: str = "memory region",
+    ) -> Region:
+        """Map a part of somebody's file. The caller keeps ``fd``, and may close it at once. ``what``: its
+        name in errors."""
 
     @classmethod
     def from_iotlb(cls, fd: int, size: int, *, iova: int, offset: int, writable: bool) -> Region:

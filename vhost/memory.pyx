@@ -103,7 +103,7 @@ cdef class Region:
         return self
 
     @classmethod
-    def from_fd(cls, int fd, size, *, guest_addr, user_addr, mmap_offset=0):
+    def from_fd(cls, int fd, size, *, guest_addr, user_addr, mmap_offset=0, str what="memory region"):
         cdef Region self = Region.__new__(Region)
         check_range("guest address", guest_addr, size)
         check_range("user address", user_addr, size)
@@ -111,9 +111,9 @@ cdef class Region:
         try:
             status = os.fstat(fd)
         except OSError as error:
-            raise IncorrectFds(f"memory region's fd {fd}: {error.strerror}") from error
+            raise IncorrectFds(f"{what}'s fd {fd}: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
-            raise IncorrectFds(f"memory region's fd {fd} is no file (st_mode {status.st_mode:#o})")
+            raise IncorrectFds(f"{what}'s fd {fd} is no file (st_mode {status.st_mode:#o})")
         if mmap_offset + size > status.st_size:
             raise InvalidGuestMemory(
                 f"mmap offset {mmap_offset:#x}, size {size:#x}: the file has only {status.st_size:#x} bytes"

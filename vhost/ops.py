@@ -17,7 +17,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from vhost.errors import UnsupportedRequest
+
 if TYPE_CHECKING:
+    from vhost.dirty_log import DirtyLog
     from vhost.memory import GuestMemory
 
 
@@ -115,6 +118,16 @@ class VhostOps(ABC):
     @abstractmethod
     def set_vring_enable(self, index: int, enable: bool) -> None:
         """Let the device process the ring, or not."""
+
+    # ------------------------------------------------------------------ migration
+
+    def start_log(self, log: DirtyLog) -> None:
+        """Mark in ``log``, from now on, the pages that the device writes: buffers, and the used areas of the
+        rings. It has to cover the memory; UnsupportedRequest where the back-end cannot."""
+        raise UnsupportedRequest(f"{type(self).__name__} keeps no dirty log ({log!r})")
+
+    def stop_log(self) -> None:
+        """Mark no more pages."""
 
     # ------------------------------------------------------------------ events, and the end
 

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "check.h"
+#include "iotlb.h"
 #include "virtqueue.h"
 
 #define MAX_NUM 64u
@@ -26,13 +27,21 @@ static const uint64_t region_addr[REGIONS] = { 0x10000, 0x11000, 0x80000 };
 
 struct options {
 	bool packed, indirect, event_idx, in_order;
+	bool swapped; /* split: the driver has the other byte order */
+	bool iommu;   /* addresses are IOVAs, of which none is mapped at first */
 	uint32_t num;
 	uint16_t start; /* split: index to start at; packed: position, in a lap of wrap counter 1 */
 };
 
+/* A number of the ring as the driver has it. */
+#define ORD16(r, x) ((uint16_t)((r)->o.swapped ? __builtin_bswap16(x) : (x)))
+#define ORD32(r, x) ((uint32_t)((r)->o.swapped ? __builtin_bswap32(x) : (x)))
+#define ORD64(r, x) ((uint64_t)((r)->o.swapped ? __builtin_bswap64(x) : (x)))
+
 struct rig {
 	struct options o;
 	struct guest_memory mem;
+	struct iotlb tlb;
 	uint8_t *host[REGIONS];
 	struct virtqueue vq;
 	struct vhost_chain chain;
@@ -54,13 +63,15 @@ static inline struct virtqueue_config rig_config(struct rig *r, uint32_t base)
 {
 	return (struct virtqueue_config){
 		.areas = { r->desc, r->avail, r->used },
-		.mem = &r->mem,
+		.mem = r->o.iommu ? &r->tlb.view : &r->mem,
+		.iotlb = r->o.iommu ? &r->tlb : NULL,
 		.num = r->o.num,
 		.base = base,
 		.packed = r->o.packed,
 		.indirect = r->o.indirect,
 		.event_idx = r->o.event_idx,
 		.in_order = r->o.in_order,
+		.swapped = r->o.swapped,
 	};
 }
 
@@ -79,6 +90,8 @@ static inline void rig_init(struct rig *r, struct options o)
 						    REGION_SIZE, r->host[i] };
 	}
 	CHECK_EQ(guest_memory_init(&r->mem, regions, REGIONS, &bad), 0);
+	if (o.iommu)
+		CHECK_EQ(iotlb_init(&r->tlb, &r->mem), 0);
 	r->desc = calloc(o.num, sizeof(*r->desc));
 	r->pdesc = (void *)r->desc;
 	r->avail = calloc(1, vring_driver_size(o.num, o.packed));
@@ -93,7 +106,7 @@ static inline void rig_init(struct rig *r, struct options o)
 		for (unsigned i = 0; i < o.start; i++)
 			r->pdesc[i].flags = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED;
 	else
-		r->avail->idx = r->used->idx = o.start;
+		r->avail->idx = r->used->idx = ORD16(r, o.start);
 	cfg = rig_config(r, o.packed ? (o.start | 0x8000u) * 0x10001u : o.start);
 	CHECK_EQ(virtqueue_init(&r->vq, &cfg), 0);
 	vhost_chain_init(&r->chain);
@@ -103,6 +116,7 @@ static inline void rig_destroy(struct rig *r)
 {
 	vhost_chain_destroy(&r->chain);
 	virtqueue_destroy(&r->vq);
+	iotlb_destroy(&r->tlb);
 	guest_memory_destroy(&r->mem);
 	for (unsigned i = 0; i < REGIONS; i++)
 		free(r->host[i]);
@@ -165,11 +179,14 @@ static inline uint16_t split_add(struct rig *r, const struct piece *p, unsigned 
 		uint16_t next = i + 1 < n ? at[i + 1] : 0xdead;
 
 		r->next[at[i]] = next;
-		r->desc[at[i]] = (struct vring_desc){ p[i].addr, p[i].len,
-						      p[i].flags | (i + 1 < n ? N : 0), next };
+		r->desc[at[i]] = (struct vring_desc){
+			ORD64(r, p[i].addr), ORD32(r, p[i].len),
+			ORD16(r, p[i].flags | (i + 1 < n ? N : 0)), ORD16(r, next)
+		};
 	}
-	r->avail->ring[r->next_avail % r->o.num] = at[0];
-	r->avail->idx = ++r->next_avail;
+	r->avail->ring[r->next_avail % r->o.num] = ORD16(r, at[0]);
+	r->next_avail++;
+	r->avail->idx = ORD16(r, r->next_avail);
 	return at[0];
 }
 
@@ -205,10 +222,10 @@ static inline bool rig_used(struct rig *r, uint16_t *id, uint32_t *len)
 		/* The length is reserved where nothing was written (2.8.4). */
 		*len = flags & W ? r->pdesc[r->next_used].len : 0;
 	} else {
-		if (r->used->idx == r->next_used)
+		if (ORD16(r, r->used->idx) == r->next_used)
 			return false;
-		*id = r->used->ring[r->next_used % r->o.num].id;
-		*len = r->used->ring[r->next_used % r->o.num].len;
+		*id = ORD32(r, r->used->ring[r->next_used % r->o.num].id);
+		*len = ORD32(r, r->used->ring[r->next_used % r->o.num].len);
 	}
 	CHECK(*id < r->o.num && r->slots[*id]);
 	step(r, &r->next_used, &r->used_wrap, r->o.packed ? r->slots[*id] : 1);

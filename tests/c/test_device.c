@@ -132,6 +132,9 @@ static void test_round_trips(void)
 		churn((struct options){ .num = split[i] });
 		churn((struct options){ .num = split[i], .event_idx = true, .start = 65500 });
 	}
+	check_context = "split, swapped";
+	for (unsigned i = 0; i < 5; i++)
+		churn((struct options){ .num = split[i], .swapped = true, .start = 65500 });
 	check_context = "packed";
 	for (unsigned i = 0; i < 7; i++)
 		for (unsigned start = 0; start < packed[i]; start += 4)

@@ -58,23 +58,39 @@ def vhost_user_rng(path: Path, *, name: str = "rng") -> list[str]:
 
 
 class Guest:
-    """Booted when the constructor returns. Use it as a context manager: it is killed at the end."""
+    """Booted when the constructor returns. Use it as a context manager: it is killed at the end.
+    ``incoming``: a machine without a guest, until one migrates into it (guest/migration.py)."""
 
     def __init__(
-        self, initramfs: Path, devices: Sequence[str], folder: Path, *, cpus: int = 1, memory_mib: int = 192
+        self,
+        initramfs: Path,
+        devices: Sequence[str],
+        folder: Path,
+        *,
+        cpus: int = 1,
+        memory_mib: int = 192,
+        incoming: bool = False,
     ) -> None:
         self._input = b""
         self._number = 0
         monitor, qmp = socket.socketpair()
         with qmp:
             self._qemu = Qemu(
-                CLOUD, initramfs, devices, folder, cpus=cpus, memory_mib=memory_mib, monitor=qmp
+                CLOUD,
+                initramfs,
+                devices,
+                folder,
+                cpus=cpus,
+                memory_mib=memory_mib,
+                monitor=qmp,
+                incoming=incoming,
             )
         self._command = self._qemu.command
         self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
-            self._until_ready()
+            if not incoming:
+                self._until_ready()
         except BaseException as error:
             self.close()
             raise self._failure(f"the guest did not start: {error!r}") from error
@@ -113,6 +129,10 @@ class Guest:
         self.qmp.wait_event("RESET")
         self._until_ready()
         self.qmp.command("set-action", {"reboot": "shutdown"})
+
+    def become(self, source: Guest) -> None:
+        """The guest that ran in ``source`` is here now. No command of it may have been waited for."""
+        self._number = source._number
 
     def log(self) -> str:
         return self._qemu.log()
@@ -168,6 +188,10 @@ class Job:
         self._guest = guest
         self._name = name
         self._command = command
+
+    def move(self, guest: Guest) -> None:
+        """The guest went to another machine, and took the job along."""
+        self._guest = guest
 
     def wait(self, *, timeout: float = COMMAND_SECONDS, check: bool = True) -> Output:
         # Opening the fifo blocks until the job's shell opens it to write its exit code.

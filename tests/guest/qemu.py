@@ -22,7 +22,7 @@ _APPEND = (
 
 
 class Qemu:
-    """A running QEMU. ``command`` is our end of the guest's ttyS1."""
+    """A running QEMU. ``command`` is our end of the guest's ttyS1. ``incoming``: it waits for a migration."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class Qemu:
         memory_mib: int,
         append: str = "",
         monitor: socket.socket | None = None,
+        incoming: bool = False,
     ) -> None:
         self._logs = [folder / "console.log", folder / "qemu.log"]
         self.command, command = socket.socketpair()
@@ -50,6 +51,8 @@ class Qemu:
             *("-chardev", f"socket,id=command,fd={command.fileno()}", "-serial", "chardev:command"),
             *devices,
         ]
+        if incoming:
+            arguments += ["-incoming", "defer"]
         if monitor is not None:
             descriptors.append(monitor.fileno())
             arguments += ["-chardev", f"socket,id=monitor,fd={monitor.fileno()}"]

@@ -74,6 +74,15 @@ def _file(path: Path) -> Callable[[], str]:
     return lambda: "" if path.exists() else f"{path} is not there"
 
 
+def dpdk() -> str:
+    """testpmd, and the drivers that it loads for either end of a vhost-user socket."""
+    folders = list(Path("/usr/lib").glob("*/dpdk/pmds-*"))
+    for driver in ("vhost", "virtio"):
+        if not any(folder.glob(f"librte_net_{driver}.so.*") for folder in folders):
+            return f"DPDK's net_{driver} driver is not installed"
+    return _program("dpdk-testpmd")()
+
+
 def static_busybox() -> str:
     """The guest has no C library, so busybox must need none: no interpreter named in the file."""
     if not BUSYBOX.exists():
@@ -98,6 +107,8 @@ PEERS: dict[str, Peer] = {
         Peer("gcc", ("gcc", "libc6-dev"), _program("gcc")),
         Peer("kernel", (CLOUD.package,), CLOUD.missing),
         *(_kernel(kernel) for kernel in KERNELS.values()),
+        # It depends on libdpdk-dev and that on every driver, whose names have the release's ABI in them.
+        Peer("dpdk", ("dpdk-dev",), dpdk),
         Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),

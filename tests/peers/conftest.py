@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def blkio_bench(build_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def initramfs(build_folder: Path, iocheck: Path) -> Path:
     require("busybox", "cpio", "kernel")
-    return build_initramfs(build_folder / "initramfs.cpio", [iocheck])
+    programs_in_guest = [iocheck, programs.pagecheck(build_folder)]
+    return build_initramfs(build_folder / "initramfs.cpio", programs_in_guest)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def boot(initramfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     require("qemu")
     with ExitStack() as stack:
 
-        def start(devices: Sequence[str], *, cpus: int = 1) -> Guest:
-            return stack.enter_context(Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), cpus=cpus))
+        def start(devices: Sequence[str], **options: Any) -> Guest:
+            return stack.enter_context(
+                Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), **options)
+            )
 
         yield start

@@ -12,7 +12,7 @@ may be called from any thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from vhost.errors import DeviceBusy, UnsupportedRequest, VhostError
@@ -141,6 +141,29 @@ class Device:
     def close(self) -> None:
         """Let go of what lies behind the device. A server that made the device for a session calls it
         when the session is over."""
+
+    # ------------------------------------------------------------------ migration
+
+    #: The longest state, in bytes, that ``load()`` is ever given; a front-end that sends more is refused.
+    max_state_size: int = 64 << 20
+
+    def save(self) -> bytes | Iterable[bytes]:
+        """All that the driver may rely on and that is neither in guest memory nor in the configuration
+        space, so that another device of this kind can go on in this one's place: whole, or in pieces that
+        are taken one by one as the other side reads. All rings are stopped, and stay so until the last
+        piece was taken. Afterwards the driver may well go on here. Raise VhostError to refuse."""
+        raise UnsupportedRequest(f"{type(self).__name__} has no state to save")
+
+    def load(self, state: bytes) -> None:
+        """Become what another device was when it was saved. The bytes come from outside: check them.
+        Raise VhostError to refuse, and change nothing then."""
+        raise UnsupportedRequest(f"{type(self).__name__} cannot load a state ({len(state)} bytes)")
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the class defines both ``save`` and ``load``; sessions offer the transfer only then."""
+        kind = type(self)
+        return kind.save is not Device.save and kind.load is not Device.load
 
     # ------------------------------------------------------------------ network devices only
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
+from vhost._iotlb import Iotlb
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
 from vhost.devices.rings import Areas, Ring
@@ -50,10 +51,16 @@ class DeviceSession(ABC):
     """A session that serves ``device``. ``user_addresses``: rings are placed by addresses in the
     front-end's process."""
 
+    live_features = 0
+    """Feature bits that may change while rings run: those that have nothing to do with rings."""
+
     def __init__(self, device: Device, *, user_addresses: bool) -> None:
         self.device = device
         self.no_memory = GuestMemory()
         self.memory = self.no_memory
+        self.iotlb: Iotlb | None = None
+        """The driver's side speaks in IOVAs, and this is what it has mapped. Changed only while all rings are
+        ``paused``."""
         self.rings = [
             Ring(i, device.queue_name(i), user_addresses=user_addresses) for i in range(device.num_queues)
         ]
@@ -235,9 +242,10 @@ class DeviceSession(ABC):
         if foreign:
             names = " ".join(feature_names(foreign))
             raise InvalidMessage(f"features {foreign:#x} ({names}) were not offered", request=what)
-        if features != self.features:
+        if (features ^ self.features) & ~self.live_features:
             with self._told_anew(f"{what} with other features", *self.rings):
                 self.features = features
+        self.features = features
 
     def change_status(self, status: int, what: str) -> None:
         """The driver set the device status; 0 stops the rings, and resets the device."""
@@ -283,6 +291,8 @@ class DeviceSession(ABC):
     def replace_memory(self, memory: GuestMemory) -> None:
         """Rings that run go on with it; InvalidGuestMemory, and nothing changes, if one cannot."""
         with self.paused(*self.rings):
+            if self.iotlb is not None:
+                self.iotlb.set_memory(memory)
             moved: list[DeviceQueue] = []
             for ring in self.rings:
                 if ring.queue is None:
@@ -379,7 +389,7 @@ class DeviceSession(ABC):
                 negotiated &= self.device.negotiated
             self.device.negotiated = negotiated
         try:
-            ring.start(self.memory, self._ring_features())
+            ring.start(self.memory, self._ring_features(), self.iotlb)
             self._run(ring)
         except BaseException:
             if ring.started:

@@ -14,9 +14,10 @@ import socket
 from vhost.devices.base import Device
 from vhost.errors import ProtocolError, VhostError
 from vhost.user.channel import BackendChannel
-from vhost.user.handlers import Handlers
+from vhost.user.log import LogHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
+from vhost.user.state import StateHandlers
 
 log = logging.getLogger("vhost.backend")
 
@@ -24,7 +25,7 @@ MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
 
-class Backend(Handlers):
+class Backend(LogHandlers, StateHandlers):
     """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
     of ProtocolF) that it does not offer."""
 
@@ -46,6 +47,8 @@ class Backend(Handlers):
             self._talk(events)
         elif self.channel is not None and fd == self.channel.fileno():
             self.channel.step()
+        else:
+            super()._happened(fd, events)
 
     def step(self) -> bool:
         going_on = super().step()
@@ -138,4 +141,4 @@ class Backend(Handlers):
 
     def _let_go(self) -> None:
         self._drop_channel()
-        self.transport.close()
+        super()._let_go()

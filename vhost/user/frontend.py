@@ -10,7 +10,9 @@ from __future__ import annotations
 from vhost.errors import InactiveFeature, InvalidGuestMemory, InvalidMessage
 from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
-from vhost.user.frontend_base import WANTED, FrontendBase
+from vhost.user.frontend_base import WANTED
+from vhost.user.frontend_log import FrontendLog
+from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
     U64,
@@ -30,10 +32,11 @@ MEM_TABLE_REGIONS = 8
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
+_TRANSPORT = _PROTOCOL_FEATURES | int(VhostF.LOG_ALL)
 _MQ = int(ProtocolF.MQ)
 
 
-class Frontend(FrontendBase):
+class Frontend(FrontendLog, FrontendState):
     """A session with a back-end, negotiated as far as the transport goes.
 
     ``protocol_features`` is what both sides have; ``offered_features`` what GET_FEATURES said.
@@ -44,10 +47,10 @@ class Frontend(FrontendBase):
     _guest_memory = GuestMemory()
 
     def get_features(self) -> int:
-        return self.offered_features & ~_PROTOCOL_FEATURES
+        return self.offered_features & ~_TRANSPORT
 
     def set_features(self, features: int) -> None:
-        features |= self.offered_features & _PROTOCOL_FEATURES
+        features = self._features_to_send(features) | (self.offered_features & _PROTOCOL_FEATURES)
         self._send(F.SET_FEATURES, U64(features))
         self.session.features = features
         if self.channel is not None:
@@ -99,6 +102,7 @@ class Frontend(FrontendBase):
         return int(self._get(F.GET_MAX_MEM_SLOTS).value)
 
     def set_mem_table(self, memory: GuestMemory) -> None:
+        self._check_log(memory)
         if self._has(ProtocolF.CONFIGURE_MEM_SLOTS):
             if len(memory) > MEM_TABLE_REGIONS and len(memory) > (slots := self.get_max_mem_slots()):
                 raise InvalidGuestMemory(f"{len(memory)} regions, the back-end has {slots} slots")
@@ -136,6 +140,7 @@ class Frontend(FrontendBase):
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
     ) -> None:
         user = self._guest_memory.guest_to_user
+        log, flags = self._address_to_send(index, (desc, avail, used), log, flags)
         self._send(F.SET_VRING_ADDR, VringAddr(index, flags, user(desc), user(used), user(avail), log))
 
     def set_vring_base(self, index: int, base: int) -> None:

@@ -65,6 +65,13 @@ class Handlers(DeviceSession):
     def set_channel(self, channel: BackendChannel) -> None:
         """The front-end listens to our requests on this one from now on."""
 
+    def _happened(self, fd: int, events: int) -> None:
+        """A descriptor that nobody knows any more: it was closed by what came just before."""
+
+    def _let_go(self) -> None:
+        """What an area has, it closes in a method of its own, which calls this one."""
+        self.transport.close()
+
     def served_requests(self) -> set[int]:
         """The rows that this device's sessions answer; others are refused."""
         serves = {row.id for row in FRONTEND.values() if row.live}

@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import socket
-import stat
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -22,6 +21,7 @@ from typing import Self
 from vhost.devices.base import Device
 from vhost.errors import VhostError
 from vhost.user.backend import Backend
+from vhost.user.listener import Listener
 
 log = logging.getLogger("vhost.server")
 
@@ -66,7 +66,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._accepting = False
         self._starved = False
-        self._inode: tuple[int, int] | None = None
+        self._bound: Listener | None = None
         self._next_try = time.monotonic()
         try:
             if client:
@@ -102,19 +102,8 @@ class Server:
     # -- where sessions come from ------------------------------------------------------------------
 
     def _listen(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener = listener
-        try:
-            listener.bind(self.path)
-        except OSError:
-            if not _is_stale(self.path):
-                raise
-            os.unlink(self.path)
-            listener.bind(self.path)
-        found = os.stat(self.path)
-        self._inode = (found.st_dev, found.st_ino)
-        listener.listen()
-        listener.setblocking(False)
+        self._bound = Listener(self.path)
+        self._listener = self._bound.socket
         self._accept_more()
 
     def _adopt(self, sock: socket.socket) -> None:
@@ -262,32 +251,11 @@ class Server:
             backend.close()
             self._close_device(backend.device)
         self.backends.clear()
-        if self._inode is not None:
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(self.path)
-                if (found.st_dev, found.st_ino) == self._inode:
-                    os.unlink(self.path)
+        if self._bound is not None:
+            self._bound.close()
         if self._listener is not None:
             self._listener.close()
         self._epoll.close()
-
-
-def _is_stale(path: str) -> bool:
-    """A socket that nobody listens on any more."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return False
-    except FileNotFoundError:
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except BlockingIOError:
-            return False  # its backlog is full: it is alive
-    return False
 
 
 def serve(

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What several commands share: sizes as arguments, signals as something to wait for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vhost.features import ProtocolF
+
+if TYPE_CHECKING:
+    # The type of what add_subparsers returns has no public name.
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def size(text: str) -> int:
+    """Bytes, with an optional K, M, G or T (powers of 1024)."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
+    try:
+        value = int(number) << units.get(unit, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1073741824 or 1G") from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"size {text!r} is not positive")
+    return value
+
+
+def protocol_features(text: str) -> int:
+    """A mask of vhost-user protocol features, from names with commas between them."""
+    mask = 0
+    for name in text.split(","):
+        feature = ProtocolF.__members__.get(name.strip().upper().replace("-", "_"))
+        if feature is None:
+            known = ", ".join(member.lower().replace("_", "-") for member in ProtocolF.__members__)
+            raise argparse.ArgumentTypeError(f"{name!r} is no protocol feature; they are {known}")
+        mask |= feature
+    return int(mask)
+
+
+@contextlib.contextmanager
+def wakeup_on(*signals: signal.Signals) -> Iterator[socket.socket]:
+    """A socket that becomes readable with the number of each of these signals."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    old = {number: signal.signal(number, lambda *_: None) for number in signals}
+    old_fd = signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        reader.close()
+        writer.close()

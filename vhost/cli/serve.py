@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""``vhost serve``: a device as a vhost-user back-end, or for this kernel.
+
+Follows the back-end program conventions of the vhost-user specification ("Backend program
+conventions").
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import selectors
+import signal
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from vhost.cli.arguments import protocol_features, size, wakeup_on
+
+if TYPE_CHECKING:
+    from vhost.cli.arguments import Commands
+    from vhost.devices.base import Device
+
+# What --print-capabilities says: QEMU's vhost-user.json, BackendCapabilities.
+CAPABILITIES = {
+    "blk": {"type": "block", "features": ["read-only", "blk-file"]},
+    "rng": {"type": "rng"},
+}
+
+
+def add_commands(commands: Commands) -> None:
+    serve = commands.add_parser(
+        "serve", help="run a device as a vhost-user back-end, or for this kernel by VDUSE"
+    )
+    devices = serve.add_subparsers(dest="device", required=True, metavar="DEVICE")
+    blk = devices.add_parser("blk", help="a disk on a file or block device")
+    rng = devices.add_parser("rng", help="an entropy source")
+    for device in (blk, rng):
+        where = device.add_mutually_exclusive_group()
+        where.add_argument("--socket-path", metavar="PATH", help="listen on this Unix socket")
+        where.add_argument("--fd", type=int, metavar="FDNUM", help="serve this inherited socket")
+        where.add_argument("--vduse", metavar="NAME", help="serve this kernel, as the VDUSE device NAME")
+        device.add_argument(
+            "--without",
+            type=protocol_features,
+            default=0,
+            metavar="FEATURE,...",
+            help="vhost-user protocol features not to offer, e.g. inflight-shmfd,mq",
+        )
+        device.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
+    blk.add_argument("--blk-file", metavar="PATH", help="file or block device to serve")
+    blk.add_argument("--null-size", type=size, metavar="BYTES", help="serve a null device instead")
+    blk.add_argument("--read-only", action="store_true", help="refuse writes")
+    blk.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues offered (default 1)")
+    blk.add_argument("--queue-size", type=int, default=1024, metavar="N", help="largest ring (default 1024)")
+    blk.add_argument("--threads", type=int, metavar="N", help="workers (default: one a queue or CPU)")
+    blk.add_argument("--serial", default="", help="what GET_ID answers, at most 20 bytes")
+    blk.add_argument("--share", action="store_true", help="let several sessions write at the same time")
+    blk.set_defaults(factory=blk_factory)
+    rng.set_defaults(factory=rng_factory)
+    serve.set_defaults(run=run_serve)
+
+
+def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
+    from vhost.devices.blk import Blk
+
+    if (args.blk_file is None) == (args.null_size is None):
+        raise SystemExit("vhost serve blk: one of --blk-file and --null-size is needed")
+
+    def make() -> Device:
+        return Blk(
+            args.blk_file,
+            null_size=args.null_size,
+            read_only=args.read_only,
+            num_queues=args.num_queues,
+            queue_size=args.queue_size,
+            threads=args.threads,
+            serial=args.serial,
+            share=args.share,
+        )
+
+    try:
+        make().close()  # what cannot be served is an error now, not at the first connection
+    except ValueError as error:
+        raise SystemExit(f"vhost serve blk: {error}") from None
+    return make
+
+
+def rng_factory(args: argparse.Namespace) -> Callable[[], Device]:
+    from vhost.devices.rng import Rng
+
+    return Rng
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    if args.print_capabilities:
+        print(json.dumps(CAPABILITIES[args.device], indent=2))
+        return 0
+    if args.socket_path is None and args.fd is None and args.vduse is None:
+        raise SystemExit("vhost serve: one of --socket-path, --fd and --vduse is needed")
+
+    from vhost.memory import install_sigbus_handler
+
+    install_sigbus_handler()
+    make = args.factory(args)
+    return serve_vduse(args, make()) if args.vduse else serve_vhost_user(args, make)
+
+
+def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> int:
+    from vhost.user.server import Server
+
+    alive: weakref.WeakSet[Device] = weakref.WeakSet()
+
+    def factory() -> Device:
+        device: Device = make()
+        alive.add(device)
+        return device
+
+    with (
+        wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup,
+        Server(factory, args.socket_path, fd=args.fd, without=args.without) as server,
+    ):
+        where = args.socket_path or f"fd {args.fd}"
+        print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
+
+        def signalled() -> None:
+            if set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+                server.close()
+            refresh(alive)
+
+        server.add_reader(wakeup.fileno(), signalled)
+        server.serve_forever()
+    return 0
+
+
+def serve_vduse(args: argparse.Namespace, device: Device) -> int:
+    from vhost.kernel.vduse import VduseBackend
+
+    with wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup, contextlib.closing(device):
+        with VduseBackend(device, args.vduse) as backend, selectors.DefaultSelector() as selector:
+            selector.register(backend, selectors.EVENT_READ)
+            selector.register(wakeup, selectors.EVENT_READ)
+            todo = f"now `vdpa dev add name {args.vduse} mgmtdev vduse`"
+            if backend.taken_over:
+                todo = "going on where a predecessor stopped"
+            print(f"vhost: serving {args.device} as {backend.path}; {todo}", file=sys.stderr, flush=True)
+            serving = True
+            while serving:
+                for key, _ in selector.select():
+                    if key.fileobj is backend:
+                        serving = backend.step() and serving
+                    elif set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+                        serving = False
+                    else:
+                        refresh([device])
+    if backend.left_behind:
+        print(f"vhost: {backend.left_behind}", file=sys.stderr, flush=True)
+    if backend.error:
+        raise backend.error
+    return 0
+
+
+def refresh(devices: Iterable[Device]) -> None:
+    for device in list(devices):
+        try:
+            device.refresh()
+        except OSError as error:
+            print(f"vhost: {error}", file=sys.stderr, flush=True)
