@@ -14,7 +14,11 @@ import socket
 from vhost.devices.base import Device
 from vhost.errors import ProtocolError, VhostError
 from vhost.user.channel import BackendChannel
-from vhost.user.handlers import Handlers
+from vhost.user.crypto import CryptoHandlers
+from vhost.user.gpu_socket import GpuSocketHandlers
+from vhost.user.inband import InbandHandlers
+from vhost.user.legacy import LegacyHandlers
+from vhost.user.objects import ObjectHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
 
@@ -24,7 +28,7 @@ MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
 
-class Backend(Handlers):
+class Backend(InbandHandlers, ObjectHandlers, GpuSocketHandlers, CryptoHandlers, LegacyHandlers):
     """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
     of ProtocolF) that it does not offer."""
 
@@ -46,6 +50,8 @@ class Backend(Handlers):
             self._talk(events)
         elif self.channel is not None and fd == self.channel.fileno():
             self.channel.step()
+        else:
+            super()._happened(fd, events)
 
     def step(self) -> bool:
         going_on = super().step()
@@ -136,4 +142,4 @@ class Backend(Handlers):
 
     def _let_go(self) -> None:
         self._drop_channel()
-        self.transport.close()
+        super()._let_go()
