@@ -389,6 +389,52 @@ def test_features_are_negotiated_again_after_a_reset(path: Path, no_leaks: None,
             rng.close()
 
 
+class Stateful(vhost.devices.Rng):
+    """Counts its resets."""
+
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_pause_of_the_machine_is_no_reset(path: Path, no_leaks: None) -> None:
+    """QEMU sets the status to 0 whenever it stops the device, as for a pause or a migration, and adds
+    RESET_DEVICE, if that was negotiated, when the driver did reset it."""
+    device = Stateful()
+    with h.served(device, path), guest_on(path) as (raw, guest):
+        raw.start()
+        assert raw.status(h.SET_STATUS, h.u64(15)) == 0
+        guest.offer()
+        guest.kick()
+        guest.wait_used(1)
+        base = raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload
+        assert raw.status(h.SET_STATUS, h.u64(0)) == 0
+        assert raw.ask(h.GET_STATUS).u64 == 0
+        assert device.resets == 0
+        raw.set_ring()
+        assert raw.status(h.SET_VRING_BASE, base) == 0
+        assert raw.status(h.SET_VRING_KICK, h.u64(0), [raw.kick]) == 0
+        assert raw.status(h.SET_STATUS, h.u64(15)) == 0
+        guest.offer()
+        guest.kick()
+        guest.wait_used(2)
+        assert raw.status(h.RESET_DEVICE) == 0
+        assert device.resets == 1
+
+
+def test_status_resets_where_nothing_else_can(path: Path, no_leaks: None) -> None:
+    device = Stateful()
+    with h.served(device, path):
+        for features, resets in ((vhost.ProtocolF.STATUS, 1), (~0, 2)):
+            with vhost.Frontend.connect(path, protocol_features=int(features)) as frontend:
+                frontend.set_status(15)
+                frontend.set_status(0)
+                assert frontend.get_status() == 0
+                assert device.resets == resets
+
+
 # -- configuration space -----------------------------------------------------------------------------
 
 

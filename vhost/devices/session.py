@@ -247,6 +247,10 @@ class DeviceSession(ABC):
                 self.features = features
         self.features = features
 
+    def _status_resets(self) -> bool:
+        """Does status 0 reset what the device itself knows? Rings stop in any case."""
+        return True
+
     def change_status(self, status: int, what: str) -> None:
         """The driver set the device status; 0 stops the rings, and resets the device."""
         if not 0 <= status <= 0xFF:
@@ -259,7 +263,8 @@ class DeviceSession(ABC):
             self.stop_all_rings()
             for ring in self.rings:
                 ring.forget_position()
-            self.device.reset()
+            if self._status_resets():
+                self.device.reset()
 
     def reset(self, what: str) -> None:
         """As if nothing had ever been said of the rings."""

@@ -44,6 +44,7 @@ MTU_MIN, MTU_MAX = 68, 65535  # VIRTIO 5.1.4.1
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _CONFIG = int(ProtocolF.CONFIG)
+_RESET_DEVICE = int(ProtocolF.RESET_DEVICE)
 _NET = int(ProtocolF.MTU | ProtocolF.RARP)
 _ALWAYS = int(
     ProtocolF.MQ
@@ -193,6 +194,11 @@ class Handlers(DeviceSession):
 
     def set_status(self, message: Message) -> None:
         self.change_status(message.payload.value, message.name)
+
+    def _status_resets(self) -> bool:
+        """QEMU sets 0 whenever it stops the device, for a pause or a migration as well, from which the
+        driver goes on as if nothing had been. Where it can, it says RESET_DEVICE when the driver wants that."""
+        return not self.session.protocol_features & _RESET_DEVICE
 
     def reset_device(self, message: Message) -> None:
         self.reset(message.name)
