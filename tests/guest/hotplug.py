@@ -27,9 +27,7 @@ HOTPLUG_SECONDS = 120.0
 _MEMORY = "awk '/MemTotal/ { print $2 }' /proc/meminfo"
 
 
-def plug_disk(
-    guest: Guest, path: Path, *, name: str = "disk", queues: int = 1, packed: bool = False
-) -> None:
+def plug_disk(guest: Guest, path: Path, *, name: str = "disk", queues: int = 1, packed: bool = False) -> None:
     """Returns when the guest has /dev/vda. Nobody may have a predecessor open, which would have that name."""
     address = {"type": "unix", "data": {"path": str(path)}}
     backend = {"type": "socket", "data": {"addr": address, "server": False}}

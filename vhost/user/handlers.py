@@ -196,8 +196,8 @@ class Handlers(DeviceSession):
         self.change_status(message.payload.value, message.name)
 
     def _status_resets(self) -> bool:
-        """QEMU sets 0 whenever it stops the device, for a pause or a migration as well, after which the driver
-        goes on as if nothing had been. Where it can, it says RESET_DEVICE when the driver reset the device."""
+        """QEMU sets 0 whenever it stops the device, for a pause or a migration as well, after which the
+        driver goes on as if nothing had been. RESET_DEVICE it sends, if it can, when the driver reset."""
         return not self.session.protocol_features & _RESET_DEVICE
 
     def reset_device(self, message: Message) -> None:
