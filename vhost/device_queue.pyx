@@ -412,6 +412,7 @@ cdef class DeviceQueue:
         self.log.fd = fd
         self.log.changed = False
         self.apply_log()
+        self.tell_log()
 
     cdef int apply_log(self) except -1:
         cdef int rc = virtqueue_set_log(&self.vq, &self.log)

@@ -141,6 +141,7 @@ class LogHandlers(Handlers):
 
     def _run(self, ring: Ring) -> None:
         self._tell_log(ring)
+        self._check_log_file()  # what was just marked may have shown it
         super()._run(ring)
 
     def _tell_log(self, ring: Ring) -> None:
@@ -157,6 +158,9 @@ class LogHandlers(Handlers):
 
     def _check_memory(self) -> None:
         super()._check_memory()
+        self._check_log_file()
+
+    def _check_log_file(self) -> None:
         if self._log is not None and self._log.broken:
             raise InvalidLogAddress("the front-end truncated the file behind the dirty log")
 
