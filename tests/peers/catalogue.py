@@ -38,7 +38,6 @@ class Peer:
     name: str
     packages: tuple[str, ...]
     missing: Callable[[], str]
-    benchmark_only: bool = False
 
 
 def qemu_version(program: str) -> tuple[int, ...] | None:
@@ -112,6 +111,6 @@ PEERS: dict[str, Peer] = {
         Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
-        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
     )
 }

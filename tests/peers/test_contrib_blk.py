@@ -31,8 +31,7 @@ def frontend(tmp_path: Path) -> Iterator[Frontend]:
     require("contrib-vhost-user-blk")
     path = str(tmp_path / "s")
     # It insists on O_DIRECT, which on tmpfs needs no buffers that are aligned.
-    image = tempfile.NamedTemporaryFile(dir="/dev/shm")
-    with image, socket.socket(socket.AF_UNIX) as listener:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as image, socket.socket(socket.AF_UNIX) as listener:
         image.write(CONTENT)
         image.flush()
         listener.bind(path)

@@ -20,7 +20,7 @@ def contents(memory: GuestMemory) -> dict[int, bytes]:
 
 
 def ring_pages(frontend: Frontend, disk: Blk) -> set[int]:
-    """What the device writes of the first ring: the used area, or a packed ring's descriptors and event area."""
+    """What the device writes of the first ring: its used area; packed, the descriptors and its event area."""
     desc, _, used = frontend._areas[0]
     num = disk.queues[0].num
     areas = [(desc, num * 16), (used, 4)] if disk.packed else [(used, 6 + num * 8)]

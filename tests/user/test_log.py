@@ -100,7 +100,7 @@ def done(raw: RawFrontend, guest: Guest, page: int) -> None:
 
 
 def test_from_start_to_stop(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
-    """On a ring that runs all the time; the used ring is marked where SET_VRING_ADDR says, not where it is."""
+    """On a ring that runs all the time; its used area is marked where SET_VRING_ADDR says that it is."""
     log = log_file(logs)
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         assert raw.ask(h.GET_FEATURES).u64 & LOG_ALL
@@ -144,7 +144,7 @@ def test_only_logging_changes_on_the_fly(path: Path, no_leaks: None) -> None:
         done(raw, guest, 0)
 
 
-def test_a_chain_popped_before_and_pushed_after(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
+def test_popped_before_and_pushed_after(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
     log = log_file(logs)
     with contextlib.closing(Hoarder()) as device, h.served(device, path), guest_on(path) as (raw, guest):
         raw.start()
@@ -280,8 +280,8 @@ def test_without_log_shmfd_there_is_an_ack(path: Path, no_leaks: None, logs: con
         raw.ask(h.GET_FEATURES)
         protocol = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~int(ProtocolF.LOG_SHMFD)
         raw.send(h.SET_PROTOCOL_FEATURES, h.u64(protocol))
-        assert raw.status(SET_LOG_BASE, h.u64(0x7F00_0000_0000)) == 1, "an address of its own means nothing here"
-        assert raw.status(SET_LOG_BASE, log.payload) == 1, "nor does a log that was not passed"
+        assert raw.status(SET_LOG_BASE, h.u64(0x7F00_0000_0000)) == 1, "an address of its own"
+        assert raw.status(SET_LOG_BASE, log.payload) == 1, "a log that was not passed"
         assert raw.status(SET_LOG_BASE, log.payload, [log.fd]) == 0
         raw.send(SET_LOG_BASE, log.payload, [log.fd])
         assert raw.ask(h.GET_FEATURES), "no answer, where none was asked for"
@@ -328,7 +328,7 @@ def test_wrong_sizes(path: Path, no_leaks: None, logs: contextlib.ExitStack, siz
 
 
 @pytest.mark.parametrize("kind", ["pipe", "eventfd", "folder", "none", "number"])
-def test_descriptors_that_are_no_log(path: Path, no_leaks: None, logs: contextlib.ExitStack, kind: str) -> None:
+def test_what_is_no_log(path: Path, no_leaks: None, logs: contextlib.ExitStack, kind: str) -> None:
     def make() -> list[int]:
         if kind == "pipe":
             return list(os.pipe())

@@ -87,16 +87,19 @@ class LogHandlers(Handlers):
         return U64(0) if self.session.protocol_features & _LOG_SHMFD else None
 
     def set_log_fd(self, message: Message) -> None:
-        check_event_fd(message.fds[0])
+        (fd,) = message.fds
+        check_event_fd(fd)
+        message.take_fd()
         with self.paused(*self.rings):
-            old, self._log_fd = self._log_fd, message.take_fd()
+            old, self._log_fd = self._log_fd, fd
             if old >= 0:
                 os.close(old)
 
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
         addr: VringAddr = message.payload
-        started, old = ring.started, ring.log_used
+        started = ring.started
+        old = ring.log_used
         ring.log_used = addr.log if addr.flags & _VRING_LOG else None
         try:
             if self._log is not None and self._logs:
