@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,13 @@ class Process:
     def errors(self) -> str:
         """What it wrote to standard error."""
         return "".join(self._lines)
+
+    def wait_line(self, text: str) -> None:
+        """Until it has written a line with that to standard error."""
+        deadline = time.monotonic() + DEADLINE
+        while not any(text in line for line in self._lines):
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.errors()}"
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

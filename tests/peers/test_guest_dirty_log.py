@@ -29,6 +29,7 @@ CHURN = 64 * MIB
 """Where churn's part of the disk begins; before it is pagecheck's, with 8 MiB a reader."""
 CHURN_BYTES = 8 * MIB
 JOURNEYS = 20
+LATE_SECTOR = 1 << 16  # of variant.py
 COMPLETED = "awk '{print $1 + $5}' /sys/block/vda/stat"  # reads and writes, in the guest
 
 Start = Callable[..., Serve]
@@ -113,3 +114,36 @@ def test_lost_pages_are_noticed(boot: Boot, start: Start, tmp_path: Path, packed
     load.move(target)
     with pytest.raises(GuestError, match="exited with 1: FAIL byte"):
         load.end()
+
+
+def migrate_with_a_late_answer(boot: Boot, start: Start, folder: Path, variant: str, packed: bool) -> Job:
+    """A read is answered when the guest does not run any more: its buffer, and the place in the ring that
+    says so, come with the log or not at all. Returns what waits for it, in the target."""
+    here, there = start("a", variant=f"python,late,{variant}".rstrip(",")), start("b")
+    late = LATE_SECTOR // 8
+    with (folder / "disk.raw").open("r+b") as disk:
+        disk.seek(late * 4096)
+        disk.write(b"late" * 1024)
+
+    def machine(serve: Serve, **more: bool) -> Guest:
+        return boot(vhost_user_blk(serve.path, packed=packed), **more)
+
+    guest, target = machine(here), machine(there, incoming=True)
+    job = guest.start(f"dd if=/dev/vda bs=4096 skip={late} count=1 iflag=direct status=none")
+    here.wait_line("held")
+    migrate(guest, target, folder / "migration")
+    job.move(target)
+    return job
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_late_answers_arrive(boot: Boot, start: Start, tmp_path: Path, packed: bool) -> None:
+    job = migrate_with_a_late_answer(boot, start, tmp_path, "", packed)
+    assert job.wait(timeout=30).text == "late" * 1024
+
+
+def test_lost_ring_pages_are_noticed(boot: Boot, start: Start, tmp_path: Path) -> None:
+    """Packed: a split ring's used area is copied by QEMU in any case, when it stops the ring."""
+    job = migrate_with_a_late_answer(boot, start, tmp_path, "unlogged-rings", True)
+    with pytest.raises(GuestError, match="did not end"):
+        job.wait(timeout=10)
