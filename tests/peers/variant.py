@@ -4,8 +4,8 @@
     python variant.py WHAT,... serve blk ...
 
 ``unlogged``: nothing is marked in the dirty log; ``unlogged-rings``: rings are not. ``python``: requests are
-run in Python. ``late``: those that read LATE_SECTOR are run and given back when the ring is about to stop, and
-"held" is said of each until then.
+run in Python. ``late``: those that read LATE_SECTOR are run and given back when the ring is about to stop,
+and "held" is said of each until then.
 """
 
 from __future__ import annotations
