@@ -82,7 +82,7 @@ def test_of_what_is_none(tmp_path: Path, no_leaks: None) -> None:
     with pytest.raises(IncorrectFds, match="dirty log"):
         DirtyLog.from_fd(fd, 8)
     reader, writer = os.pipe()
-    with pytest.raises(IncorrectFds, match="dirty log's fd .* is no file"):
+    with pytest.raises(IncorrectFds, match=r"dirty log.s fd .* is no file"):
         DirtyLog.from_fd(reader, 8)
     os.close(reader)
     os.close(writer)
