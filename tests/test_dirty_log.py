@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from devices.disks import BASE, HANDLERS, REGION, Ring, header, pattern, ring
+from vhost._iotlb import Iotlb
 from vhost.chain import Chain
 from vhost.devices.blk import Blk
 from vhost.dirty_log import PAGE, DirtyLog
@@ -259,6 +260,56 @@ def test_closed_queue(queues: Queues) -> None:
         queues.device.set_log(queues.log)
     with pytest.raises(InvalidQueue):
         queues.device.mark_written(RING, 1)
+
+
+IOVA, SCATTERED = 1 << 32, 1 << 33
+
+
+@FORMATS
+def test_behind_an_iommu(packed: bool) -> None:
+    """The ring and the buffers are at IOVAs; what is marked is where they are in guest memory, also when
+    the ring moves there."""
+    regions = [Region.allocate(32 * PAGE, guest_addr=addr) for addr in (1 << 20, 1 << 24)]
+    memory = GuestMemory(regions)
+    first, second = (region.user_addr for region in regions)
+    iotlb = Iotlb(memory)
+    iotlb.update(IOVA, 16 * PAGE, first, 3)
+    iotlb.update(SCATTERED, PAGE, second + 5 * PAGE, 3)
+    iotlb.update(SCATTERED + PAGE, PAGE, first + 20 * PAGE, 2)  # for the device to write only
+    place = DriverQueue.layout(8, packed=packed)
+    # The driver's own view: one region, as its IOMMU shows it.
+    seen = GuestMemory([Region.from_fd(regions[0].fd, 16 * PAGE, guest_addr=IOVA, user_addr=1 << 40)])
+    areas = {"desc": IOVA + place.desc, "avail": IOVA + place.avail, "used": IOVA + place.used}
+    driver = DriverQueue(seen, 8, packed=packed, **areas)
+    device = DeviceQueue(memory, 8, packed=packed, **areas, iotlb=iotlb, name="q")
+    log = DirtyLog.for_memory(memory)
+    device.set_log(log, ring=True)
+    written = (place.desc if packed else place.used) // PAGE * PAGE
+    assert set(log.take()) == {(1 << 20) + place.used // PAGE * PAGE}
+    driver.add([], [(SCATTERED + PAGE - 8, 16)], None)
+    chain = device.pop()
+    assert chain is not None
+    chain.write(bytes(range(16)))
+    device.push(chain)
+    assert memory.read((1 << 24) + 6 * PAGE - 8, 8) == bytes(range(8))
+    data = {(1 << 24) + 5 * PAGE, (1 << 20) + 20 * PAGE}
+    assert set(log.take()) >= data | {(1 << 20) + written}
+
+    # The same pages of memory elsewhere: the driver writes there from now on.
+    memory.write(1 << 24, memory.read(1 << 20, 4 * PAGE))
+    iotlb.invalidate(IOVA, 16 * PAGE)
+    iotlb.update(IOVA, 4 * PAGE, second, 3)
+    assert device.translate() == []
+    log.take()
+    moved = GuestMemory([Region.from_fd(regions[1].fd, 4 * PAGE, guest_addr=IOVA, user_addr=1 << 40)])
+    driver = DriverQueue(moved, 8, packed=packed, **areas, base=device.base)
+    driver.add([], [(SCATTERED, 8)], None)
+    chain = device.pop()
+    assert chain is not None
+    device.push(chain, 8)
+    marked = set(log.take())
+    assert marked >= {(1 << 24) + 5 * PAGE, (1 << 24) + written}
+    assert not any(page < 1 << 24 for page in marked)
 
 
 # -- block requests ------------------------------------------------------------------------------------

@@ -388,7 +388,8 @@ cdef class DeviceQueue:
         return bool(self.tell_driver())
 
     cdef int tell_driver(self) except -1:
-        self.tell_log()
+        if unlikely(self.vq.log != NULL):
+            self.tell_log()
         if not virtqueue_should_notify(&self.vq):
             return 0
         tell(&self.to_driver)
@@ -438,7 +439,7 @@ cdef class DeviceQueue:
         self.tell_log()
 
     cdef int tell_log(self) except -1:
-        if unlikely(self.vq.log != NULL) and virtqueue_should_tell_log(&self.vq):
+        if virtqueue_should_tell_log(&self.vq):
             signal(self.log.fd)
         return 0
 

@@ -9,6 +9,7 @@ would notice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 
 from guest.machine import Guest, GuestError, Job, vhost_user_blk
 from guest.migration import migrate
+from guest.qmp import QmpError
 from peers.conftest import Boot
-from peers.support import Serve, make_disk, run
+from peers.support import Process, Serve, make_disk, run
 from vhost.features import VirtioF
 
 pytestmark = pytest.mark.guest
@@ -147,3 +149,35 @@ def test_lost_ring_pages_are_noticed(boot: Boot, start: Start, tmp_path: Path) -
     job = migrate_with_a_late_answer(boot, start, tmp_path, "unlogged-rings", True)
     with pytest.raises(GuestError, match="did not end"):
         job.wait(timeout=10)
+
+
+def test_what_qemu_says(boot: Boot, start: Start, tmp_path: Path) -> None:
+    """The log on the wire, as `vhost trace` sees it pass."""
+    here, there = start("a"), start("b")
+    middle, record = tmp_path / "t", tmp_path / "record"
+    trace = [sys.executable, "-m", "vhost", "trace"]
+    tracer = Process([*trace, "--write", str(record), str(middle), str(here.path)], ready="tracing")
+    guest = boot(vhost_user_blk(middle))
+    target = boot(vhost_user_blk(there.path), incoming=True)
+    migrate(guest, target, tmp_path / "migration")
+    guest.close()
+    tracer.terminate()
+    lines = run(*trace, "--read", str(record)).splitlines()
+    sent = [" ".join(line.split()[3:]) for line in lines if "front>back" in line]
+    (base,) = [i for i, line in enumerate(sent) if line.startswith("SET_LOG_BASE size=")]
+    assert "fds=[memfd vhost-log" in sent[base]
+    (features,) = [i for i, line in enumerate(sent) if "LOG_ALL" in line and line.startswith("SET_FEATURES")]
+    (address,) = [i for i, line in enumerate(sent) if line.startswith("SET_VRING_ADDR index=0 flags=1")]
+    stopped = max(i for i, line in enumerate(sent) if line.startswith("GET_VRING_BASE index=0"))
+    assert base < features < address < stopped
+    assert any("SET_LOG_BASE reply" in line for line in lines)
+
+
+def test_without_a_log_qemu_does_not_migrate(boot: Boot, tmp_path: Path) -> None:
+    options = ("--blk-file", str(make_disk(tmp_path / "disk.raw", MIB)), "--without", "log-shmfd")
+    with Serve("blk", tmp_path / "s", *options) as serve:
+        guest = boot(vhost_user_blk(serve.path))
+        target = boot([], incoming=True)
+        with pytest.raises(QmpError, match="LOG_SHMFD"):
+            migrate(guest, target, tmp_path / "migration")
+        guest.close()
