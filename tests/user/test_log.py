@@ -215,6 +215,19 @@ def test_a_ring_that_ran_without_a_log(path: Path, no_leaks: None, logs: context
         assert other.take() == set()
 
 
+def test_a_migration_that_never_got_its_log(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
+    log = log_file(logs)
+    with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
+        raw.start()
+        assert switch(raw, True) == 0
+        done(raw, guest, 1)
+        assert switch(raw, False) == 0
+        assert raw.ask(SET_LOG_BASE, log.payload, [log.fd])
+        assert switch(raw, True) == 0
+        done(raw, guest, 2)
+        assert log.take() == {DATA + 2 * PAGE}
+
+
 def test_the_front_end_is_told(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
     log = log_file(logs)
     changed = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]

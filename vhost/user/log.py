@@ -60,7 +60,9 @@ class LogHandlers(Handlers):
         super().set_features(message)
         if self.features & _LOG_ALL == logged:
             return
-        if self._log is not None and not logged:
+        if logged:
+            self._unlogged = False  # that migration is over
+        elif self._log is not None:
             try:
                 self._check_log(self._log, self.memory)
             except InvalidLogAddress as error:
