@@ -506,6 +506,8 @@ cdef class DeviceQueue:
 
     def close(self):
         self.closed = True
+        # They are the caller's, who may close them now: a device that kept the queue must not hit others.
+        self.kick = self.to_driver.fd = self.err = -1
         self.empty_pool()
 
     cdef int must_be_open(self) except -1:

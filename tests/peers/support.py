@@ -147,7 +147,10 @@ class Serve(Process):
 class StorageDaemon:
     """qemu-storage-daemon with one vhost-user-blk export of a plain file, and its monitor."""
 
-    def __init__(self, disk: Path, path: Path, *, queues: int = 2) -> None:
+    def __init__(
+        self, disk: Path, path: Path, *, queues: int = 2, writable: bool = True, more: str = ""
+    ) -> None:
+        """``more`` adds to the export's options."""
         self.path = path
         # Our listening socket, so that there is nothing to wait for before one can connect.
         listener = socket.socket(socket.AF_UNIX)
@@ -161,7 +164,7 @@ class StorageDaemon:
                 *("--chardev", f"socket,id=m,fd={theirs.fileno()}", "--monitor", "chardev=m"),
                 "--export",
                 f"type=vhost-user-blk,id=e,addr.type=fd,addr.str={listener.fileno()},"
-                f"node-name=f,writable=on,num-queues={queues}",
+                f"node-name=f,writable={'on' if writable else 'off'},num-queues={queues}{more}",
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=(listener.fileno(), theirs.fileno()),
