@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 
 # What a module may import of this package, by longest matching prefix. A prefix names itself and all
 # below it; "vhost.devices*" would be the same as "vhost.devices".
-LOWEST = ("vhost.errors", "vhost.features")
+LOWEST = ("vhost.errors", "vhost.features", "vhost.iotlb")
 RINGS = (
     *LOWEST,
     "vhost._core",
     "vhost.dirty_log",
     "vhost._ring",
+    "vhost._iotlb",
     "vhost.memory",
     "vhost.virtqueue",
     "vhost.chain",
@@ -39,6 +40,8 @@ ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
     "vhost.features": (),
+    "vhost.iotlb": (),
+    "vhost._iotlb": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost._core": (),
     "vhost._ring": RINGS,
     "vhost.memory": (*LOWEST, "vhost._core"),
@@ -70,6 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.trace.relay": (*PROTOCOL, "vhost.trace"),
     "vhost.trace.output": (),
     "vhost.trace.proxy": (*PROTOCOL, "vhost.trace", "vhost.user.listener"),
+    "vhost.check": (*ROLES, *WIRE, "vhost.check"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,

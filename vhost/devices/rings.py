@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from vhost._iotlb import Iotlb
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
 from vhost.memory import GuestMemory
@@ -95,8 +96,9 @@ class Ring:
     def can_start(self) -> bool:
         return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
-    def start(self, memory: GuestMemory, features: int) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what was said of the ring is no ring."""
+    def start(self, memory: GuestMemory, features: int, iotlb: Iotlb | None = None) -> DeviceQueue:
+        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: what was said of its
+        addresses are IOVAs."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
@@ -112,6 +114,7 @@ class Ring:
             in_order=bool(features & int(VirtioF.IN_ORDER)),
             base=base,
             user_addresses=self.user_addresses,
+            iotlb=iotlb,
             kick=self.kick,
             call=self.call,
             call_vq=self.call_vq,
