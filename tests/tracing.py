@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from vhost.features import ProtocolF, VhostF
 from vhost.trace.events import Event
-from vhost.trace.records import ChannelKind, FdInfo, Happening, Record
+from vhost.trace.records import FdInfo, Happening, Record
 from vhost.trace.tracer import Tracer
 from vhost.user.messages import FrontendMsg, frame
 from vhost.user.payloads import EMPTY, U64, Payload
-from vhost.user.spec import Role
+from vhost.user.spec import Channel, Role
 
 EVENTFD = FdInfo("eventfd")
 MEMFD = FdInfo("memfd", "ram", 1 << 40)
@@ -34,7 +34,7 @@ class Seen:
         self.tracer = Tracer()
         self.now = 0
         self.events: list[Event] = []
-        self.record(Happening.OPEN, text=ChannelKind.MAIN.value)
+        self.record(Happening.OPEN, text=Channel.MAIN.value)
 
     def record(
         self,
@@ -88,7 +88,7 @@ class Seen:
     def open_channel(self) -> None:
         """The back-end's channel, as number 1."""
         self.front(FrontendMsg.SET_BACKEND_REQ_FD, fds=[SOCKET])
-        self.record(Happening.OPEN, channel=1, text=ChannelKind.BACKEND_REQ.value)
+        self.record(Happening.OPEN, channel=1, text=Channel.BACKEND_REQ.value)
 
     def negotiate(
         self,

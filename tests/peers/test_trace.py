@@ -58,7 +58,7 @@ def test_ours_on_qemu_storage_daemon(tmp_path: Path) -> None:
             assert blk.read_config().capacity == 2 * SIZE // 512
     assert not trace.violations()
     (change,) = trace.messages("BACKEND_CONFIG_CHANGE_MSG")
-    assert (change["channel"], change["sender"]) == ("req", "back-end")
+    assert (change["channel"], change["sender"]) == ("back-end requests", "back-end")
     (connected,) = trace.messages("SET_BACKEND_REQ_FD")
     assert connected["fds"] == [{"kind": "socket", "name": "", "size": None}]
 

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from tracing import ALL_FEATURES, ALL_PROTOCOL, EVENTFD, MEMFD, MICROSECOND, SOCKET, Seen
 from user.wire import SAMPLES, right_number
 from vhost.features import ProtocolF, VhostF
+from vhost.trace.events import Event
 from vhost.trace.frames import Assembler
-from vhost.trace.records import KEPT, ChannelKind, FdInfo, Happening, Record
+from vhost.trace.records import KEPT, FdInfo, Happening, Record
 from vhost.trace.rules import RULES, Severity
 from vhost.trace.tracer import MAX_OUTSTANDING, Tracer
+from vhost.user.gpu_messages import GpuMsg
+from vhost.user.gpu_payloads import GpuEdidRequest, GpuScanout
 from vhost.user.messages import BACKEND, FRONTEND, BackendMsg, FrontendMsg, frame
-from vhost.user.payloads import EMPTY, U64, Config, VringFd, VringState
-from vhost.user.spec import HEADER, Role, Spec
+from vhost.user.payloads import EMPTY, U64, Config, Payload, VringFd, VringState
+from vhost.user.spec import HEADER, REPLY_FLAG, Channel, Role, Spec
 
 ROWS = [*FRONTEND.values(), *BACKEND.values()]
 XEN = int(ProtocolF.XEN_MMAP)
@@ -187,19 +190,36 @@ def test_both_channels_share_what_was_negotiated() -> None:
     seen = Seen().negotiate(protocol=int(ProtocolF.BACKEND_REQ | ProtocolF.CONFIG | ProtocolF.REPLY_ACK))
     seen.open_channel()
     event = seen.back(BackendMsg.BACKEND_CONFIG_CHANGE_MSG, need_reply=True, channel=1)
-    assert event.channel is ChannelKind.BACKEND_REQ
+    assert event.channel is Channel.BACKEND_REQ
     assert seen.front(BackendMsg.BACKEND_CONFIG_CHANGE_MSG, U64(0), channel=1).text.endswith("ack (1 us)")
     assert seen.rules() == []
     event = seen.back(BackendMsg.BACKEND_SHMEM_UNMAP, SAMPLES[BACKEND[10].request], channel=1)
     assert "feature" in [finding.rule.name for finding in event.findings]
 
 
-def test_gpu_channel_is_taken_apart_and_not_judged() -> None:
+def test_gpu_channel() -> None:
+    """Frames without a version, decoded and gated by what is negotiated there."""
     seen = Seen().negotiate()
-    seen.record(Happening.OPEN, channel=2, text=ChannelKind.GPU.value)
-    (event,) = seen.record(Happening.DATA, Role.BACKEND, HEADER.pack(7, 0, 4) + b"abcd", channel=2)
-    assert event.channel is ChannelKind.GPU
-    assert not event.findings
+    seen.record(Happening.OPEN, channel=2, text=Channel.GPU.value)
+
+    def gpu(sender: Role, number: int, payload: Payload = EMPTY, flags: int = 0) -> Event:
+        data = payload.pack()
+        whole = HEADER.pack(number, flags, len(data)) + data
+        return seen.record(Happening.DATA, sender, whole, channel=2)[-1]
+
+    event = gpu(Role.BACKEND, GpuMsg.GPU_GET_PROTOCOL_FEATURES)
+    assert (event.channel, event.text) == (Channel.GPU, "GPU_GET_PROTOCOL_FEATURES")
+    assert " back>front gpu GPU_GET" in next(iter(event.lines()))
+    event = gpu(Role.FRONTEND, GpuMsg.GPU_GET_PROTOCOL_FEATURES, U64(1), REPLY_FLAG)
+    assert event.text == "GPU_GET_PROTOCOL_FEATURES reply value=0x1 (EDID) (1 us)"
+    assert seen.rules() == []
+    gpu(Role.BACKEND, GpuMsg.GPU_GET_EDID, GpuEdidRequest(0))
+    assert seen.rules() == ["feature"]
+    gpu(Role.BACKEND, GpuMsg.GPU_SET_PROTOCOL_FEATURES, U64(1))
+    gpu(Role.BACKEND, GpuMsg.GPU_GET_EDID, GpuEdidRequest(0))
+    assert seen.rules() == ["feature"]
+    gpu(Role.BACKEND, GpuMsg.GPU_SCANOUT, GpuScanout(0, 640, 480), flags=1)
+    assert seen.rules() == ["feature", "version"]
 
 
 def test_a_session_is_forgotten_with_its_last_channel() -> None:
@@ -242,7 +262,7 @@ def test_any_bytes(pieces: list[tuple[Role, bytes, int, int]]) -> None:
     """Nothing that passes can make the tracer fail, and what it says of the same bytes is the same."""
     records = [
         Record(0, 1, 0, Happening.OPEN, text="main"),
-        Record(0, 1, 1, Happening.OPEN, text="req"),
+        Record(0, 1, 1, Happening.OPEN, text="back-end requests"),
         Record(0, 1, 2, Happening.OPEN, text="gpu"),
     ]
     records += [

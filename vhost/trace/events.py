@@ -15,12 +15,13 @@ from typing import Any
 
 from vhost.features import feature_names
 from vhost.trace.lint_base import Seen
-from vhost.trace.records import ChannelKind, FdInfo
+from vhost.trace.records import FdInfo
 from vhost.trace.rules import Finding, Severity
 from vhost.user.payloads import U64, Empty, Opaque, Payload
-from vhost.user.spec import Role
+from vhost.user.spec import Channel, Role
 
 _ARROWS = {Role.FRONTEND: "front>back", Role.BACKEND: "back>front", None: ""}
+_LABELS = {Channel.MAIN: "", Channel.BACKEND_REQ: " req", Channel.GPU: " gpu"}
 _INDENT = " " * 16
 _HEX_BYTES = 64
 FDS_SHOWN = 8
@@ -32,7 +33,7 @@ class Event:
 
     time: int
     session: int
-    channel: ChannelKind
+    channel: Channel
     sender: Role | None
     what: str
     """"message", "opened", "closed", "ended", "remark"."""
@@ -64,8 +65,7 @@ class Event:
     def lines(self) -> Iterable[str]:
         """For people: one line, and one more for each finding."""
         arrow = _ARROWS[self.sender]
-        channel = "" if self.channel is ChannelKind.MAIN else f" {self.channel.value}"
-        where = f"#{self.session} {arrow}{channel}"
+        where = f"#{self.session} {arrow}{_LABELS[self.channel]}"
         yield f"{self.time / 1e9:12.6f} {where:<17} {self.text}"
         for finding in self.findings:
             mark = "!!" if finding.rule.severity is Severity.VIOLATION else " !"

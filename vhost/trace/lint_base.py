@@ -15,7 +15,7 @@ from vhost.trace.records import FdInfo
 from vhost.trace.rules import Finding, Rule
 from vhost.trace.state import SessionSeen
 from vhost.user.payloads import EMPTY
-from vhost.user.spec import Spec
+from vhost.user.spec import Channel, Spec
 
 
 @dataclass(slots=True)
@@ -24,6 +24,7 @@ class Seen:
 
     spec: Spec
     time: int
+    channel: Channel = Channel.MAIN
     payload: Any = EMPTY
     fds: tuple[FdInfo, ...] = ()
     fd_count: int = 0
