@@ -9,6 +9,7 @@ beyond these two.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -28,6 +29,7 @@ MAX_CHANNELS = 16
 PAUSE = 0.05
 """Seconds until what could not be done for want of room is tried again."""
 
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _KINDS = {
     int(FrontendMsg.SET_BACKEND_REQ_FD): Channel.BACKEND_REQ,
     int(FrontendMsg.GPU_SET_SOCKET): Channel.GPU,
@@ -137,7 +139,7 @@ class Proxy:
         self._watched: dict[int, tuple[_Session, Relay, socket.socket]] = {}
         self._masks: dict[int, int] = {}
         self._waiting: dict[int, tuple[_Session, socket.socket]] = {}
-        """Who came while the other side's backlog was full, by descriptor."""
+        """Who came while the other side's backlog was full, or no descriptor left, by descriptor."""
         self._starved = False
         self._stuck: dict[Relay, _Session] = {}
         """Those with descriptors that the kernel has no room for."""
@@ -244,7 +246,7 @@ class Proxy:
         except OSError as error:
             if other is not None:
                 other.close()
-            if isinstance(error, BlockingIOError):
+            if isinstance(error, BlockingIOError) or error.errno in _NO_ROOM:
                 self._wait_for_room(session, came)
                 return
             text = f"{self.connect_path}: {error.strerror}"
