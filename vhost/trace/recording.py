@@ -105,6 +105,8 @@ def _check_header(line: str) -> None:
 
 
 def _record(line: Any) -> Record:
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
     sender = line.get("from")
     record = Record(
         time=_count(line["t"]),
