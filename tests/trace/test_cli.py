@@ -139,12 +139,13 @@ def test_whoever_reads_the_output_goes(rng: Path, tmp_path: Path) -> None:
 
 
 def test_output_that_nobody_reads_holds_up_nothing(rng: Path, tmp_path: Path) -> None:
+    """Neither the traffic nor the end."""
     reader, writer = os.pipe()
     with tracing(tmp_path / "t", rng, stdout=writer):
         os.close(writer)
         for _ in range(30):
             use(tmp_path / "t")  # many times the 64 KiB that a pipe takes
-        os.close(reader)
+    os.close(reader)
 
 
 def test_the_backend_is_the_client(tmp_path: Path) -> None:
