@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tracing import ALL_FEATURES, ALL_PROTOCOL, EVENTFD, MEMFD, MICROSECOND, SOCKET, Seen
 from user.wire import SAMPLES, right_number
-from vhost.features import ProtocolF, VhostF
+from vhost.features import BlkF, NetF, ProtocolF, VhostF
 from vhost.trace.events import Event
 from vhost.trace.frames import Assembler
 from vhost.trace.records import KEPT, FdInfo, Happening, Record
@@ -48,7 +48,8 @@ def test_every_row_is_shown(row: Spec) -> None:
     assert event.text.startswith(row.name)
     assert event.detail["name"] == row.name
     if request is not EMPTY:
-        assert row.show(request) in event.text
+        # Features of the device that it seems to be have their names, too.
+        assert row.show(request).partition(" (")[0] in event.text
     assert f"fds=[{kind}" in event.text if fds else "fds" not in event.text
     reply = SAMPLES[row.reply] if row.reply is not None else U64(0)
     own = row.replies(ALL_PROTOCOL, False)
@@ -309,3 +310,9 @@ def test_features_of_a_session_are_named() -> None:
     event = seen.back(FrontendMsg.GET_FEATURES, U64(int(VhostF.PROTOCOL_FEATURES)))
     assert "PROTOCOL_FEATURES" in event.text
     assert event.detail["payload"]["names"] == ["PROTOCOL_FEATURES"]
+
+
+def test_features_of_the_device_that_it_seems_to_be() -> None:
+    for bits, name in ((NetF.MRG_RXBUF, "MRG_RXBUF"), (BlkF.FLUSH | BlkF.SEG_MAX, "SEG_MAX FLUSH")):
+        seen = Seen().negotiate(int(bits), offered=int(bits))
+        assert f"({name})" in seen.text()

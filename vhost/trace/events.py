@@ -83,7 +83,7 @@ def message_text(seen: Seen, latency: int | None, flags: str) -> str:
     if isinstance(seen.payload, Opaque):
         parts.append(f"<{len(seen.payload.data)} bytes: {_hex(seen.payload.data)}>")
     elif not isinstance(seen.payload, Empty) and not (seen.is_ack and not seen.failed):
-        parts.append(seen.spec.show(seen.payload) if not seen.is_ack else str(seen.payload))
+        parts.append(seen.spec.show(seen.payload, seen.names) if not seen.is_ack else str(seen.payload))
     if seen.fd_count:
         parts.append(f"fds=[{', '.join(map(str, seen.fds[:FDS_SHOWN]))}{_more(seen)}]")
     if seen.need_reply:
@@ -105,7 +105,7 @@ def message_detail(seen: Seen, latency: int | None, header: tuple[int, int, int]
         "size": size,
         "reply": seen.is_reply,
         "need_reply": seen.need_reply,
-        "payload": plain(seen.payload, seen.spec.names),
+        "payload": plain(seen.payload, seen.names),
         "fds": [fd_dict(fd) for fd in seen.fds],
         "fd_count": seen.fd_count,
         "latency": None if latency is None else latency / 1e9,

@@ -9,6 +9,7 @@ once the message was decoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import Any
 
 from vhost.trace.records import FdInfo
@@ -34,6 +35,8 @@ class Seen:
     request: Seen | None = None
     is_reply: bool = False
     is_ack: bool = False
+    names: tuple[type[IntFlag], ...] = ()
+    """Flags by which a u64 is shown: the row's, and those of the device that it seems to be."""
     optional: bool = False
     """Whether it is answered is up to the peer."""
 

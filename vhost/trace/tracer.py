@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from enum import IntFlag
 
 from vhost.errors import InvalidMessage
-from vhost.features import ProtocolF
+from vhost.features import DEVICE_FEATURES, ProtocolF, VirtioF, guess_device
 from vhost.trace import rules
 from vhost.trace.events import Event, message_detail, message_text
 from vhost.trace.frames import Assembler, Frame
@@ -159,7 +160,12 @@ class _Channel:
             self._reply(seen, frame)
         else:
             self._request(seen, frame)
+        seen.names = self._names(spec)
         return self._shown(record, frame, seen, None if request is None else frame.time - request.time)
+
+    def _names(self, spec: Spec) -> tuple[type[IntFlag], ...]:
+        device = guess_device(self._linter.state.offered or 0) if VirtioF in spec.names else None
+        return spec.names if device is None else (*spec.names, DEVICE_FEATURES[device])
 
     def _shown(self, record: Record, frame: Frame, seen: Seen, latency: int | None) -> Event:
         assert frame.header is not None
