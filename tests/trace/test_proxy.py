@@ -14,6 +14,7 @@ import random
 import resource
 import select
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -533,6 +534,48 @@ def test_no_room_for_descriptors(between: Between) -> None:
     assert back.recv(100) == b""
     assert any("descriptors were lost" in record.text for record in between.records)
     assert not [record for record in between.records if record.data]
+
+
+def test_more_descriptors_in_flight_than_the_kernel_lets_a_user_have(tmp_path: Path) -> None:
+    """It does not say when there is room again; the message waits, and arrives whole."""
+    if os.geteuid():
+        pytest.skip("needs root, who is not limited, to be the sender")
+    between = Between(tmp_path)
+    front, back = between.session()
+    back.setblocking(True)
+    back.settimeout(20)
+    ours, theirs = (between.own(sock) for sock in socket.socketpair())
+    ours.settimeout(20)
+    child = os.fork()
+    if not child:
+        try:
+            wanted: list[bytes] = []
+            between.proxy.add_reader(theirs.fileno(), lambda: wanted.append(theirs.recv(1)))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+            os.setresuid(65534, 65534, 65534)
+            while not wanted:
+                between.proxy.step(between.proxy.timeout)
+                if between.proxy.timeout is not None:
+                    theirs.send(b"!")  # it has as many under way as it may
+        finally:
+            os._exit(1 if sys.exc_info()[0] else 0)
+    count = 0
+    with files(60) as fds, contextlib.suppress(BlockingIOError):
+        while count < 20:
+            send(front, KICK, fds)
+            count += 1
+    assert ours.recv(1) == b"!"
+    arrived = b""
+    got: list[int] = []
+    while len(arrived) < count * len(KICK):
+        data, more = receive(back)
+        arrived += data
+        got += sizes(more)
+    assert arrived == KICK * count
+    assert got == list(range(1, 61)) * count
+    ours.send(b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    between.close()
 
 
 @pytest.mark.parametrize("room", [0, 1])

@@ -233,6 +233,17 @@ def test_a_session_is_forgotten_with_its_last_channel() -> None:
     assert not seen.tracer._channels
 
 
+def test_sessions_that_never_began_are_not_hoarded() -> None:
+    tracer = Tracer()
+    for session in range(100):
+        (event,) = tracer.feed(Record(0, session, 0, Happening.REMARK, text="nobody is there"))
+        assert event.text == "nobody is there"
+        assert not list(tracer.feed(Record(0, session, 0, Happening.CLOSE)))
+        assert not list(tracer.feed(Record(0, session, 0, Happening.EOF, Role.FRONTEND)))
+    assert not tracer._channels
+    assert not tracer._linters
+
+
 def test_names_of_a_reply_that_failed() -> None:
     seen = Seen().negotiate(protocol=int(ProtocolF.CONFIG))
     seen.front(FrontendMsg.GET_CONFIG, Config(0, 4, 0, bytes(4)))

@@ -48,11 +48,16 @@ class Tracer:
         """What is new, now that this happened."""
         key = (record.session, record.channel)
         channel = self._channels.get(key)
-        if record.happening is Happening.OPEN or channel is None:
+        if record.happening is Happening.OPEN or (channel is None and record.happening is Happening.DATA):
             kind = _kind(record.text) if record.happening is Happening.OPEN else Channel.MAIN
             linter = self._linters.setdefault(record.session, Linter())
             channel = self._channels[key] = _Channel(record.session, kind, linter)
-        if record.happening is Happening.OPEN:
+        if channel is None:
+            # Of what never began, such as a session for which there was no back-end, nothing is kept.
+            if record.happening is Happening.REMARK:
+                sender, text = record.sender, record.text
+                yield Event(record.time, record.session, Channel.MAIN, sender, "remark", text)
+        elif record.happening is Happening.OPEN:
             yield channel.event(record, "opened", f"{_NAMES[channel.kind]} opened")
         elif record.happening is Happening.DATA:
             yield from channel.data(record)
