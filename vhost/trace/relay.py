@@ -152,7 +152,7 @@ class Pipe:
             if header is not None:
                 self._header = header
             whole = self._boundary.between
-            if whole or len(self._data) >= PIECE or len(self._fds) > SCM_MAX_FD:
+            if whole or len(self._data) >= PIECE:
                 self._emit()
                 if whole:
                     self._in_message = 0

@@ -90,6 +90,7 @@ class _Channel:
         self.session = session
         self.kind = kind
         self._linter = linter
+        self._report = linter.report
         self._requester = Role.FRONTEND if kind is Channel.MAIN else Role.BACKEND
         self._table = table(kind)
         # The GPU protocol knows neither versions nor acks.
@@ -128,11 +129,7 @@ class _Channel:
         waiting = [seen.spec.name for seen in self._outstanding if not seen.optional]
         self._outstanding.clear()
         if waiting:
-            more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
-            self._report(rules.UNANSWERED, f"no reply to {', '.join(waiting[:3])}{more}")
-
-    def _report(self, rule: rules.Rule, text: str, section: str | None = None) -> None:
-        self._linter.report(rule, text, section)
+            self._report(rules.UNANSWERED, f"no reply to {_listed(waiting)}")
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class _Channel:
         number, flags, size = frame.header
         is_reply = record.sender is not self._requester
         if frame.announced:
-            return self.event(record, "message", f"{self._name(frame)}: end of its {size} bytes of payload")
+            return self.event(record, "remark", f"{self._name(frame)}: end of its {size} bytes of payload")
         if not frame.delivered:
             self._report(rules.UNDELIVERED, "not passed on: the other side is gone")
         self._header(flags, is_reply)
@@ -266,11 +263,13 @@ class _Channel:
             name = row.name if row is not None else f"message {number}"
             self._report(rules.REPLY_TO_NOTHING, f"a reply to {name}, which nobody asked for{first}")
             return None
+        passed = []
         while waiting[0].spec.id != number:
-            passed = waiting.popleft()
-            if not passed.optional:
-                rule = rules.REPLY_MISSING if passed.own_reply else rules.ACK_MISSING
-                self._report(rule, f"no answer to {passed.spec.name} before the next one's")
+            passed.append(waiting.popleft())
+        for rule, own_reply in ((rules.REPLY_MISSING, True), (rules.ACK_MISSING, False)):
+            names = [seen.spec.name for seen in passed if seen.own_reply is own_reply and not seen.optional]
+            if names:
+                self._report(rule, f"no answer to {_listed(names)}, but to a later request")
         return waiting.popleft()
 
     def _reply(self, seen: Seen, frame: Frame) -> None:
@@ -283,7 +282,7 @@ class _Channel:
         """A reply to nothing may still have the look of one."""
         data = bytes(frame.data)
         payload: Payload = Opaque(data)
-        if _is_known(seen.spec, self._table):
+        if self._table.get(seen.spec.id) is seen.spec:
             try:
                 payload = seen.spec.decode(data, reply=True)
             except InvalidMessage:
@@ -291,5 +290,6 @@ class _Channel:
         seen.payload = payload
 
 
-def _is_known(spec: Spec, rows: dict[int, Spec]) -> bool:
-    return rows.get(spec.id) is spec
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
