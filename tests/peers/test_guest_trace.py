@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from guest.machine import vhost_user_blk
+from guest.migration import migrate
 from peers.conftest import Boot
 from peers.support import Serve, make_disk, run
 from peers.trace import Trace
@@ -65,3 +66,32 @@ def test_backend_killed_under_a_guest(boot: Boot, iocheck: Path, tmp_path: Path)
     sessions = {event["session"] for event in trace.messages("SET_VRING_KICK")}
     assert len(sessions) == 2
     assert any(event["event"] == "remark" for event in trace.events()), "while there was no back-end"
+
+
+def test_migration(boot: Boot, iocheck: Path, tmp_path: Path) -> None:
+    """With a trace on either side: the dirty log passes, and where one back-end stops the other begins."""
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    with (
+        Serve("blk", tmp_path / "a", "--blk-file", str(disk), "--share") as first,
+        Serve("blk", tmp_path / "b", "--blk-file", str(disk), "--share") as second,
+        Trace(first.path, name="from") as here,
+        Trace(second.path, name="to") as there,
+    ):
+        with (
+            boot(vhost_user_blk(here.path, packed=True)) as source,
+            boot(vhost_user_blk(there.path, packed=True), incoming=True) as target,
+        ):
+            source.run(f"iocheck write /dev/vda 3 0 {8 * MIB}")
+            assert migrate(source, target, tmp_path / "m")["status"] == "completed"
+            target.run(f"iocheck verify /dev/vda 3 0 {8 * MIB}")
+            target.run(f"iocheck write /dev/vda 4 0 {8 * MIB}")
+            run(iocheck, "verify", disk, "4", "0", str(8 * MIB))
+    for trace in (here, there):
+        assert not trace.violations()
+    (log, *_) = here.messages("SET_LOG_BASE")
+    assert [fd["kind"] for fd in log["fds"]] == ["memfd"]
+    assert not there.messages("SET_LOG_BASE")
+    assert any("LOG_ALL" in event["payload"]["names"] for event in here.messages("SET_FEATURES"))
+    (stopped,) = here.messages("GET_VRING_BASE", reply=True)[-1:]
+    (begun,) = there.messages("SET_VRING_BASE")[:1]
+    assert stopped["payload"] == begun["payload"], "where one side stopped, the other went on"
