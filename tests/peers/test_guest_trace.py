@@ -10,7 +10,8 @@ import pytest
 from guest.machine import vhost_user_blk
 from guest.migration import migrate
 from peers.conftest import Boot
-from peers.support import Serve, make_disk, run
+from peers.dpdk import Testpmd
+from peers.support import Serve, make_disk, require, run
 from peers.trace import Trace
 from vhost.features import VirtioF
 
@@ -95,3 +96,22 @@ def test_migration(boot: Boot, iocheck: Path, tmp_path: Path) -> None:
     (stopped,) = here.messages("GET_VRING_BASE", reply=True)[-1:]
     (begun,) = there.messages("SET_VRING_BASE")[:1]
     assert stopped["payload"] == begun["payload"], "where one side stopped, the other went on"
+
+
+def test_between_programs_of_others(boot: Boot, tmp_path: Path) -> None:
+    """QEMU's network device on DPDK's back-end; no driver in the guest goes further than QEMU itself."""
+    require("dpdk")
+    with Testpmd.backend(tmp_path / "s") as back, Trace(tmp_path / "s") as trace:
+        devices = [
+            *("-chardev", f"socket,id=c0,path={trace.path}"),
+            *("-netdev", "vhost-user,id=n0,chardev=c0"),
+            *("-device", "virtio-net-pci,netdev=n0,romfile="),
+        ]
+        with boot(devices):
+            back.wait_for("read message VHOST_USER_SET_VRING_ENABLE")
+        back.wait_for("vhost peer closed")
+    assert not trace.findings()
+    (answer, *_) = trace.messages("GET_FEATURES", reply=True)
+    assert {"MRG_RXBUF", "VERSION_1"} <= set(answer["payload"]["names"])
+    closed = [event["channel"] for event in trace.events() if event["event"] == "closed"]
+    assert sorted(closed) == ["back-end requests", "main"]
