@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhost.trace.recording import MAX_LINE, RecordingError, dump, header, load
-from vhost.trace.records import KEPT, FdInfo, Happening, Record
+from vhost.trace.records import KEPT, FdInfo, Happening, Record, printable
 from vhost.user.spec import Role
 
 NUMBER = st.integers(0, (1 << 64) - 1)
-FD = st.builds(FdInfo, st.text(max_size=9), st.text(max_size=9), st.none() | NUMBER)
+TEXT = st.text(max_size=20).map(printable)
+FD = st.builds(FdInfo, TEXT, TEXT, st.none() | NUMBER)
 RECORDS = st.builds(
     Record,
     NUMBER,
@@ -26,7 +27,7 @@ RECORDS = st.builds(
     st.binary(max_size=99),
     NUMBER,
     st.lists(FD, max_size=3).map(tuple),
-    st.text(max_size=20),
+    TEXT,
     st.booleans(),
 )
 OPEN = dump(Record(0, 1, 0, Happening.OPEN, text="main"))
@@ -88,6 +89,14 @@ def test_what_is_none(lines: tuple[str, ...], said: str) -> None:
     with pytest.raises(RecordingError, match=r"^line") as error:
         read(*lines)
     assert str(error.value).startswith(said)
+
+
+def test_what_a_terminal_would_obey() -> None:
+    fd = FdInfo("\x1b]0;kind", "\x9b31m\r", 1)
+    line = dump(Record(0, 1, 0, Happening.REMARK, fds=(fd,), text="\x1b[2Jgone\u202e"))
+    (record,) = read(header(), line)
+    assert record.text == "?[2Jgone?"
+    assert record.fds == (FdInfo("?]0;kind", "?31m?", 1),)
 
 
 def test_what_is_no_text() -> None:

@@ -31,6 +31,11 @@ class FdInfo:
         return " ".join(part for part in parts if part)
 
 
+def printable(text: str) -> str:
+    """Text of a stranger's, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def _size(value: int) -> str:
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if value and not value & ((1 << shift) - 1):
