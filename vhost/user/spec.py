@@ -218,11 +218,12 @@ class Spec:
     def ring_index(self, payload: Any) -> int | None:
         return getattr(payload, self.per_ring) if self.per_ring else None
 
-    def show(self, payload: Payload) -> str:
-        """The payload for people, with the names of feature bits."""
+    def show(self, payload: Payload, names: tuple[type[IntFlag], ...] | None = None) -> str:
+        """The payload for people, with the names of feature bits: the row's, or those given."""
         value = getattr(payload, "value", None)
-        if self.names and isinstance(value, int):
-            return f"value={value:#x} ({' '.join(feature_names(value, *self.names)) or 'none'})"
+        names = self.names if names is None else names
+        if names and isinstance(value, int):
+            return f"value={value:#x} ({' '.join(feature_names(value, *names)) or 'none'})"
         return str(payload)
 
     def as_dict(self) -> dict[str, Any]:
