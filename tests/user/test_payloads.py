@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from user.wire import SAMPLES, STRATEGIES
 from vhost.errors import InvalidMessage
+from vhost.user import gpu_payloads as g
 from vhost.user import payloads as p
 
 KINDS = sorted(STRATEGIES, key=lambda kind: kind.__name__)
@@ -20,7 +21,7 @@ LITTLE = pytest.mark.skipif(sys.byteorder != "little", reason="bytes are written
 def test_every_payload_is_covered() -> None:
     defined = {
         value
-        for value in vars(p).values()
+        for value in (*vars(p).values(), *vars(g).values())
         if isinstance(value, type) and issubclass(value, p.Payload) and dataclasses.is_dataclass(value)
     }
     assert defined == set(STRATEGIES) == set(SAMPLES)
