@@ -93,7 +93,9 @@ class RawRequests:
         self.sock = sock
         sock.settimeout(20)
 
-    def send(self, number: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = h.VERSION) -> None:
+    def send(
+        self, number: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = h.VERSION
+    ) -> None:
         data = h.HEADER.pack(number, flags, len(payload)) + payload
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         self.sock.sendmsg([data], ancillary if fds else [])

@@ -30,9 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def raw_on(
-    path: Path, device: vhost.Device | None = None
-) -> Iterator[tuple[RawFrontend, Guest, RawChannel]]:
+def raw_on(path: Path, device: vhost.Device | None = None) -> Iterator[tuple[RawFrontend, Guest, RawChannel]]:
     """A front-end that negotiated everything, and set up ring 0 but for its eventfds."""
     with (
         h.served(device or vhost.devices.Rng(), path),
