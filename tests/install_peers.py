@@ -11,9 +11,10 @@ unless CI=true.
 
 Quick when all is there. Programs come from ``apt-get install`` and so need root; the guests' kernels,
 kernel headers, libblkio, User Mode Linux and vhost-user-gpu are only downloaded and unpacked below
-``.cache/`` (or ``PYVHOST_CACHE``), which any user may do. What this release lacks comes from other suites, through apt lists of our own
-below the cache with those suites at priority 50, so that the machine's own apt configuration stays as
-it is: on Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
+``.cache/`` (or ``PYVHOST_CACHE``), which any user may do. What this release lacks comes from other suites,
+through apt lists of our own below the cache with those suites at priority 50, so that the machine's own apt
+configuration stays as it is: on Debian 12 QEMU and libblkio, and everywhere most of the kernels
+(``peers/kernels.py``).
 
 Knows which package each peer is in. Does not know what the tests do with the programs. Standard library only.
 """

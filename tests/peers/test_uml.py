@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """User Mode Linux as a front-end: a kernel that kicks and is called by messages alone.
 
-Its virtio_uml takes INBAND_NOTIFICATIONS wherever they are offered, and then has no eventfds. It knows nothing of
-packed rings (it would say that they begin at 0, which they do not), so none are offered.
+Its virtio_uml takes INBAND_NOTIFICATIONS wherever they are offered, and then has no eventfds. It knows
+nothing of packed rings (it would say that they begin at 0, which they do not), so none are offered.
 """
 
 from __future__ import annotations

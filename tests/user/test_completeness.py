@@ -20,22 +20,30 @@ from vhost.user.gpu import GpuDisplay
 from vhost.user.messages import BACKEND, FRONTEND, GPU, table_rows
 from vhost.user.spec import Spec
 
+
+def names_of(text: str) -> list[str]:
+    return text.split()
+
+
 # In the order of their ids, from 1 on (vhost-user, "Front-end message types").
-FRONTEND_MESSAGES = """GET_FEATURES SET_FEATURES SET_OWNER RESET_OWNER SET_MEM_TABLE SET_LOG_BASE SET_LOG_FD
+FRONTEND_MESSAGES = names_of("""
+    GET_FEATURES SET_FEATURES SET_OWNER RESET_OWNER SET_MEM_TABLE SET_LOG_BASE SET_LOG_FD
     SET_VRING_NUM SET_VRING_ADDR SET_VRING_BASE GET_VRING_BASE SET_VRING_KICK SET_VRING_CALL SET_VRING_ERR
     GET_PROTOCOL_FEATURES SET_PROTOCOL_FEATURES GET_QUEUE_NUM SET_VRING_ENABLE SEND_RARP NET_SET_MTU
     SET_BACKEND_REQ_FD IOTLB_MSG SET_VRING_ENDIAN GET_CONFIG SET_CONFIG CREATE_CRYPTO_SESSION
     CLOSE_CRYPTO_SESSION POSTCOPY_ADVISE POSTCOPY_LISTEN POSTCOPY_END GET_INFLIGHT_FD SET_INFLIGHT_FD
     GPU_SET_SOCKET RESET_DEVICE VRING_KICK GET_MAX_MEM_SLOTS ADD_MEM_REG REM_MEM_REG SET_STATUS GET_STATUS
-    GET_SHARED_OBJECT SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG""".split()
+    GET_SHARED_OBJECT SET_DEVICE_STATE_FD CHECK_DEVICE_STATE GET_SHMEM_CONFIG""")
 # "Back-end message types", each after VHOST_USER_.
-BACKEND_MESSAGES = """BACKEND_IOTLB_MSG BACKEND_CONFIG_CHANGE_MSG BACKEND_VRING_HOST_NOTIFIER_MSG
+BACKEND_MESSAGES = names_of("""
+    BACKEND_IOTLB_MSG BACKEND_CONFIG_CHANGE_MSG BACKEND_VRING_HOST_NOTIFIER_MSG
     BACKEND_VRING_CALL BACKEND_VRING_ERR BACKEND_SHARED_OBJECT_ADD BACKEND_SHARED_OBJECT_REMOVE
-    BACKEND_SHARED_OBJECT_LOOKUP BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP""".split()
+    BACKEND_SHARED_OBJECT_LOOKUP BACKEND_SHMEM_MAP BACKEND_SHMEM_UNMAP""")
 # vhost-user-gpu, "Message types".
-GPU_MESSAGES = """GPU_GET_PROTOCOL_FEATURES GPU_SET_PROTOCOL_FEATURES GPU_GET_DISPLAY_INFO GPU_CURSOR_POS
+GPU_MESSAGES = names_of("""
+    GPU_GET_PROTOCOL_FEATURES GPU_SET_PROTOCOL_FEATURES GPU_GET_DISPLAY_INFO GPU_CURSOR_POS
     GPU_CURSOR_POS_HIDE GPU_CURSOR_UPDATE GPU_SCANOUT GPU_UPDATE GPU_DMABUF_SCANOUT GPU_DMABUF_UPDATE
-    GPU_GET_EDID GPU_DMABUF_SCANOUT2""".split()
+    GPU_GET_EDID GPU_DMABUF_SCANOUT2""")
 
 SOURCES = Path(vhost.user.__file__).parent
 
@@ -47,9 +55,9 @@ def named_in(*enums: str, front: bool) -> set[str]:
     for path in SOURCES.glob("*.py"):
         if path.name.startswith("frontend") is front and not path.name.endswith("messages.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                    if node.value.id in enums:
-                        found.add(node.attr)
+                owner = node.value if isinstance(node, ast.Attribute) else None
+                if isinstance(owner, ast.Name) and owner.id in enums:
+                    found.add(node.attr)  # type: ignore[attr-defined]
     return found
 
 
