@@ -38,6 +38,7 @@ from peers.catalogue import (
     KERNEL_HEADERS,
     LIBBLKIO,
     PEERS,
+    QEMU_PPC,
     UML,
     VHOST_USER_GPU,
 )
@@ -152,6 +153,8 @@ def main() -> int:
             install_kernel(apt, kernel)
     if "libblkio" in todo:
         unpack(apt, "libblkio", blkio_suite, LIBBLKIO)
+    if "qemu-ppc" in todo:
+        unpack(apt, "qemu-ppc", qemu_suite, QEMU_PPC)
     if "uml" in todo:
         unpack(apt, "uml", "", UML)
     if "vhost-user-gpu" in todo:

@@ -22,6 +22,7 @@ LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not in
 KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
 UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; unpacked
 VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
+QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
 
@@ -123,6 +124,7 @@ PEERS: dict[str, Peer] = {
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
+        Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
     )
 }
