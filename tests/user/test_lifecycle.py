@@ -353,8 +353,8 @@ class Nic(vhost.Device):
     announced = b""
 
     def set_mtu(self, mtu: int) -> None:
-        if mtu < 68:
-            raise vhost.VhostError(f"MTU {mtu}, must be at least 68")
+        if mtu < 1280:
+            raise vhost.VhostError(f"MTU {mtu}, must be at least 1280")
         self.mtu = mtu
 
     def send_rarp(self, mac: bytes) -> None:
@@ -368,7 +368,7 @@ def test_network_device(path: Path, no_leaks: None) -> None:
         assert frontend.protocol_features & vhost.ProtocolF.RARP
         frontend.net_set_mtu(1500)
         with pytest.raises(vhost.ProtocolError, match="NET_SET_MTU"):
-            frontend.net_set_mtu(20)
+            frontend.net_set_mtu(68)
         frontend.send_rarp(bytes.fromhex("525400123456"))
         frontend.reset_device()
     assert device.mtu == 1500

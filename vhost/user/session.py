@@ -310,6 +310,8 @@ class Session:
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
             need_reply = not own_reply and bool(self._protocol_features & self._acks)
+        elif need_reply and not self._acks:
+            raise ValueError(f"{spec.name}: there are no acks on the channel {self.channel.value!r}")
         data = frame(spec.id, payload.pack(), need_reply=need_reply, version=self._version)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
