@@ -28,6 +28,8 @@ Content = Payload | bytes
 """A payload, or the bytes of something that is none."""
 LONGEST_REPLY = 1 << 16
 """Nothing in the specification is longer; a header that says more is garbage."""
+_AFTERMATH = 0.2
+"""Seconds in which a session ends that a request has ended."""
 _MOST_FDS = 253  # SCM_MAX_FD
 _ANCILLARY = socket.CMSG_SPACE(_MOST_FDS * 4)
 _REPLY_ACK = int(ProtocolF.REPLY_ACK)
@@ -257,7 +259,8 @@ class Peer:
     def must_refuse(self, number: int, why: str, content: Content = EMPTY, fds: Sequence[int] = ()) -> None:
         """Failed when the request is granted although it ``why``."""
         if not self.refusal(number, content, fds):
-            raise Failed(f"{name_of(number)} was granted, although {why}")
+            after = "; then the session ended" if self.ended(_AFTERMATH) else ""
+            raise Failed(f"{name_of(number)} was granted, although {why}{after}")
 
     def survive(self, number: int, content: Content = EMPTY, fds: Sequence[int] = ()) -> None:
         """A request for which any answer will do, but not a hang."""

@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer
@@ -18,6 +19,7 @@ from vhost.check.rule import Failed, Skipped, expect, prerequisite
 from vhost.check.target import PROTOCOL_FEATURES, RING_PACKED, VERSION_1, Target
 from vhost.check.work import WORK, Work
 from vhost.driver_queue import DriverQueue
+from vhost.errors import QueueBroken
 from vhost.features import ProtocolF, Status, VirtioF
 from vhost.memory import GuestMemory, Region
 from vhost.user.payloads import U64, MemoryRegion, MemTable, SingleRegion, VringAddr, VringFd, VringState
@@ -241,8 +243,7 @@ class Rig:
         ring = ring or self.main
         deadline = time.monotonic() + (self.target.timeout if timeout is None else timeout)
         pause = 0.0002
-        while (got := ring.queue.get_used()) is None:
-            expect(not ring.queue.broken, f"the device broke the ring: {ring.queue.broken}")
+        while (got := _used(ring)) is None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(pause)
@@ -272,6 +273,13 @@ class Rig:
         """No request comes back: the back-end has handled all messages, and time has passed."""
         self.peer.sync()
         return self.wait(ring, self.target.settle) is None
+
+
+def _used(ring: Ring) -> tuple[Any, int] | None:
+    try:
+        return ring.queue.get_used()
+    except QueueBroken as error:
+        raise Failed(f"the device broke the ring: {error.reason}") from None
 
 
 class Sent:

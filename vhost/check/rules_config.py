@@ -131,7 +131,7 @@ def unchanged(target: Target) -> None:
     peer, payload = _capacity(target, 0)
     before = payload.payload
     peer.refusal(F.SET_CONFIG, payload)
-    again = target.config(target.session() if peer.closed else peer)[:8]
+    again = target.config(target.session())[:8]
     expect(again == before, f"the capacity was {before.hex()}, is {again.hex()}")
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.rig import Rig, running
-from vhost.check.rule import Severity, Skipped, expect, prerequisite, rule
-from vhost.check.target import RING_PACKED, VERSION_1, Target
+from vhost.check.rule import Failed, PeerClosed, Severity, Skipped, expect, rule
+from vhost.check.target import VERSION_1, Target
 from vhost.check.work import Work, blk_read, blk_request
 from vhost.features import BlkF, VirtioF
 from vhost.virtio_blk import ID_BYTES, SECTOR, BlkStatus, BlkType
@@ -176,7 +177,6 @@ def bad_address(target: Target) -> None:
         sent = rig.submit()
         _set_descriptor(rig, sent.head, addr, 64, WRITE if not sent.work.readable else 0, 0)
         _survive(rig)
-        target.hang_up()
 
 
 @rule("data.loop", "A chain that goes round does no harm", section="VIRTIO 2.7.5", severity=Severity.ROBUST, device="any")
@@ -238,12 +238,12 @@ def memory_goes(target: Target) -> None:
 
 
 def _survive(rig: Rig) -> None:
-    with prerequisite("the session ended before"):
-        rig.peer.sync()
     rig.main.kick()
-    rig.wait(timeout=rig.target.settle)
+    with contextlib.suppress(Failed):  # what comes back from a broken ring may be anything
+        rig.wait(timeout=rig.target.settle)
     # The session may have ended: what counts is that a new one works, which is looked at next.
-    rig.peer.refusal(F.GET_QUEUE_NUM)
+    with contextlib.suppress(PeerClosed):
+        rig.peer.sync()
 
 
 @rule("data.broken-lives", "A broken ring leaves the session alive: it still answers", section="Communication",
@@ -268,6 +268,3 @@ def broken_err(target: Target) -> None:
     signalled = ring.called(2 * target.settle)
     ring.call_fd = kept
     expect(signalled, "the ring is broken, and the error descriptor is silent")
-
-
-assert RING_PACKED

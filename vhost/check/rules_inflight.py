@@ -141,7 +141,6 @@ def lies(target: Target) -> None:
         content = _HEAD.pack(0, *head, 0xFFFF, 0x7FFF) + _DESC.pack(1, 0xFFFF, 1 << 63) * NUM
         os.pwrite(fd, content, told.mmap_offset)
         _hostile_start(rig, told, fd)
-        target.hang_up()
 
 
 def _hostile_start(rig: Rig, told: Inflight, fd: int) -> None:

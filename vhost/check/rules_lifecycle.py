@@ -99,8 +99,7 @@ def second(target: Target) -> None:
     if target.once:
         raise Skipped("the program serves one connection and ends")
     first = target.session()
-    other = Peer(target.socket(), target.timeout)
-    target.peers.append(other)
+    other = target.connect(beside=True)
     try:
         other.send(F.GET_FEATURES)
         other.receive(target.settle)

@@ -68,9 +68,33 @@ class Target:
 
     # -- connections -------------------------------------------------------------------------------
 
-    def socket(self) -> socket.socket:
-        """A connected socket; waits for a program that has just been started."""
+    def connect(self, *, beside: bool = False) -> Peer:
+        """A connection that is served: GET_FEATURES was answered on it, and nothing else was said. It is
+        closed with the rule; those before it are closed now, for many back-ends serve one at a time, unless
+        it is to be ``beside`` them: then it may never be served."""
         deadline = time.monotonic() + max(self.timeout, 5.0)
+        if beside:
+            self.peers.append(Peer(self._socket(deadline), self.timeout))
+            return self.peers[-1]
+        self.hang_up()
+        while True:
+            peer = Peer(self._socket(deadline), self.timeout)
+            self.peers.append(peer)
+            try:
+                peer.ask(F.GET_FEATURES)
+            except PeerClosed:
+                # A back-end that has not yet cleared away the session before may refuse this one.
+                if time.monotonic() >= deadline or (self.program is not None and self.program.crash()):
+                    raise
+                peer.close()
+                self.peers.remove(peer)
+                time.sleep(_RETRY_PAUSE)
+                continue
+            peer.transcript.clear()
+            return peer
+
+    def _socket(self, deadline: float) -> socket.socket:
+        """A connected socket; waits for a program that has just been started."""
         while True:
             if self.program is not None:
                 if self.once and all(peer.closed for peer in self.peers):
@@ -89,12 +113,6 @@ class Target:
                     reason = error.strerror or str(error)
                     raise PeerClosed(f"cannot connect to {self.path}: {reason}{how}") from error
                 time.sleep(_RETRY_PAUSE)
-
-    def connect(self) -> Peer:
-        """A connection on which nothing was said yet. It is closed with the rule."""
-        peer = Peer(self.socket(), self.timeout)
-        self.peers.append(peer)
-        return peer
 
     def session(self, *, protocol: int = 0, features: int = VERSION_1, without: int = 0) -> Peer:
         """A connection with what is usual and ``protocol`` negotiated, an owner, and these features."""
