@@ -70,7 +70,8 @@ def order(target: Target) -> None:
         expect(got == number, f"answer {place} is to {name_of(got)}, request {place} was {number.name}")
 
 
-@rule("header.byte-by-byte", "A message that arrives in pieces is one message", section=COMMUNICATION)
+@rule("header.byte-by-byte", "A message that arrives in pieces is one message", section=COMMUNICATION,
+      severity=Severity.ROBUST)  # fmt: skip
 def byte_by_byte(target: Target) -> None:
     peer = target.connect()
     for byte in frame(F.GET_FEATURES):
@@ -79,7 +80,7 @@ def byte_by_byte(target: Target) -> None:
     expect(value == target.offered, f"features {value:#x}, on another connection {target.offered:#x}")
 
 
-@rule("header.payload-apart", "A payload may arrive after its header", section=COMMUNICATION)
+@rule("header.payload-apart", "A payload may arrive after its header", section=COMMUNICATION, severity=Severity.ROBUST)
 def payload_apart(target: Target) -> None:
     peer = target.session()
     whole = frame(F.SET_VRING_NUM, VringState(0, 16).pack())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from vhost.check import rules_all
 from vhost.check.rule import RULES, Failed, NotOffered, Rule, Skipped, Verdict
 from vhost.check.target import CannotRun, Target
+from vhost.errors import VhostError
 from vhost.features import ProtocolF, VhostF, VirtioF, feature_names
 
 EVIDENCE = 24
@@ -54,6 +55,10 @@ def judge(rule: Rule, target: Target) -> Result:
         verdict, reason = Verdict.NOT_OFFERED, str(error)
     except Skipped as error:
         verdict, reason = Verdict.SKIPPED, str(error)
+    except VhostError as error:
+        verdict, reason = Verdict.FAIL, f"what came cannot be taken for an answer: {error}"
+    except OSError as error:
+        raise CannotRun(f"{rule.id}: {error}") from error
     finally:
         said = target.end_rule()
     died = _aftermath(target, verdict)

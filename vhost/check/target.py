@@ -95,10 +95,10 @@ class Target:
 
     def _socket(self, deadline: float) -> socket.socket:
         """A connected socket; waits for a program that has just been started."""
+        if self.program is not None and self.once and all(peer.closed for peer in self.peers):
+            self.program.ended(self.timeout)
         while True:
             if self.program is not None:
-                if self.once and all(peer.closed for peer in self.peers):
-                    self.program.ended(self.timeout)
                 self.program.start()
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
