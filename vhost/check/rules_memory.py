@@ -7,7 +7,7 @@ import struct
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer, memfd
-from vhost.check.rig import describe, rig_for, running
+from vhost.check.rig import GUEST_ADDR, describe, rig_for, running
 from vhost.check.rule import Failed, Severity, Skipped, expect, prerequisite, rule
 from vhost.check.target import Target
 from vhost.features import ProtocolF
@@ -59,6 +59,12 @@ def replace(target: Target) -> None:
         peer.do(F.SET_MEM_TABLE, MemTable(tuple(regions)), fds)
 
 
+@rule("memory.order", "The regions of a table may come in any order", section=TABLE)
+def order(target: Target) -> None:
+    regions, fds = _regions(target, 3)
+    target.session().do(F.SET_MEM_TABLE, MemTable(tuple(reversed(regions))), fds[::-1])
+
+
 @rule("memory.offset", "A region may begin inside its file (mmap offset)", section="Memory region description", device="any")
 def offset(target: Target) -> None:
     rig = rig_for(target, skip=4 * PAGE)
@@ -79,8 +85,9 @@ def on_the_fly(target: Target) -> None:
     rig = running(target)
     rig.share()
     rig.complete()
-    extra, fds = _regions(target, 1)
-    rig.peer.do(F.SET_MEM_TABLE, MemTable((describe(rig.region), extra[0])), [rig.file.fd, *fds])
+    extra = MemoryRegion(2 * GUEST_ADDR, SIZE, 0x7000_0000_0000)
+    table = MemTable((describe(rig.region), extra))
+    rig.peer.do(F.SET_MEM_TABLE, table, [rig.file.fd, target.keep(memfd(SIZE))])
     rig.complete()
 
 
