@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import select
 import socket
+import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -133,6 +135,18 @@ class Peer:
                 raise PeerClosed(f"it closed the connection ({error.strerror})") from error
             view = view[sent:]
             fds = ()
+
+    def drained(self, timeout: float) -> bool:
+        """The peer has read all that was sent, within the time."""
+        deadline = time.monotonic() + timeout
+        waiting = bytearray(4)
+        while True:
+            fcntl.ioctl(self.socket, termios.TIOCOUTQ, waiting)
+            if not any(waiting):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0005)
 
     # -- receiving ---------------------------------------------------------------------------------
 

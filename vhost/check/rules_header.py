@@ -76,6 +76,7 @@ def byte_by_byte(target: Target) -> None:
     peer = target.connect()
     for byte in frame(F.GET_FEATURES):
         peer.send_bytes(bytes([byte]))
+        peer.drained(target.settle / 4)
     value = peer.answer(F.GET_FEATURES).u64
     expect(value == target.offered, f"features {value:#x}, on another connection {target.offered:#x}")
 
@@ -84,9 +85,9 @@ def byte_by_byte(target: Target) -> None:
 def payload_apart(target: Target) -> None:
     peer = target.session()
     whole = frame(F.SET_VRING_NUM, VringState(0, 16).pack())
-    peer.send_bytes(whole[:12])
-    peer.send_bytes(whole[12:15])
-    peer.send_bytes(whole[15:])
+    for piece in (whole[:12], whole[12:15], whole[15:]):
+        peer.send_bytes(piece)
+        peer.drained(target.settle)
     peer.sync()
 
 
