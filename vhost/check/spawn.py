@@ -23,18 +23,18 @@ _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGI
 class Program:
     """``command`` is run without a shell; what it prints is kept for evidence."""
 
-    def __init__(self, command: Sequence[str], path: str) -> None:
+    def __init__(self, command: Sequence[str], listens: str | None = None) -> None:
         self.command = list(command)
-        self.path = Path(path)
+        self.path = None if listens is None else Path(listens)
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the object
 
     def start(self) -> None:
-        """Start it unless it runs. A socket that its predecessor left behind is removed."""
+        """Start it unless it runs. The socket on which its predecessor listened is removed."""
         if self.alive:
             return
-        if self.path.is_socket():
+        if self.path is not None and self.path.is_socket():
             self.path.unlink()
         self._output.seek(0)
         self._output.truncate()
@@ -77,6 +77,11 @@ class Program:
             return f"runs as process {self._process.pid}"
         how = f"ended with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return how + self._printed()
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, without waiting."""
+        if self._process is not None and self.alive:
+            self._process.terminate()
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL. Idempotent."""

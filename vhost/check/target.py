@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer
@@ -202,6 +203,16 @@ class Target:
         if self.device == "blk" and self.protocol & ProtocolF.CONFIG:
             with contextlib.suppress(Failed):
                 self.blk = BlkConfig.unpack(self.config(peer))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it offers, as plain data."""
+        return {
+            "socket": self.path,
+            "device": self.device,
+            "features": f"{self.offered:#x}",
+            "protocol_features": f"{self.protocol:#x}",
+            "queues": self.queues,
+        }
 
     def config(self, peer: Peer) -> bytes:
         """As much of the configuration space as it gives; Failed if it gives none."""
