@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """The rules for front-ends: let one play, act on it, let it leave, then judge.
 
-    1. it connects, negotiates, starts its rings: watched
-    2. the topic "ask": what a back-end may ask, while the rings run
-    3. it ends (a program of ours is told to)
-    4. what was seen is judged: the topics "lint" and "order"
-    5. the topic "refusal": the program is started once more for each
+1. it connects, negotiates, starts its rings: watched
+2. the topic "ask": what a back-end may ask, while the rings run
+3. it ends (a program of ours is told to)
+4. what was seen is judged: the topics "lint" and "order"
+5. the topic "refusal": the program is started once more for each
 """
 
 from __future__ import annotations

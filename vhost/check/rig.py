@@ -308,7 +308,10 @@ class Sent:
 def stopped_at(peer: Peer, index: int) -> int:
     """GET_VRING_BASE, with its answer judged."""
     got = peer.ask(F.GET_VRING_BASE, VringState(index, 0))
-    expect(len(got.payload) == VringState.MAX_SIZE, f"GET_VRING_BASE: a reply of {len(got.payload)} bytes, must be 8")
+    expect(
+        len(got.payload) == VringState.MAX_SIZE,
+        f"GET_VRING_BASE: a reply of {len(got.payload)} bytes, must be 8",
+    )
     state = VringState.unpack(got.payload)
     expect(state.index == index, f"GET_VRING_BASE: the reply is for ring {state.index}, asked for {index}")
     return state.num
@@ -342,9 +345,7 @@ def rig_for(
     work = work or work_for(target)
     peer = target.session(features=features, protocol=protocol, without=without)
     rings = rings or work.rings
-    return Rig(
-        target, peer, rings=rings, num=num, base=base, skip=skip, hold_back=hold_back, work=work
-    )
+    return Rig(target, peer, rings=rings, num=num, base=base, skip=skip, hold_back=hold_back, work=work)
 
 
 def running(

@@ -8,6 +8,7 @@ broken. Each rule gets the Stage; those of the topics "ask" and "refusal" act, t
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 
 from vhost.check.peer import Peer
@@ -108,8 +109,13 @@ for _breach, _occasions in _LINTED.items():
 # -- the order of things ---------------------------------------------------------------------------
 
 
-@rule("order.first", "The session begins with GET_FEATURES or SET_OWNER", section="Communication",
-      severity=Severity.SHOULD, role=FRONTEND)  # fmt: skip
+@rule(
+    "order.first",
+    "The session begins with GET_FEATURES or SET_OWNER",
+    section="Communication",
+    severity=Severity.SHOULD,
+    role=FRONTEND,
+)
 def first(stage: Stage) -> None:
     for session in stage.sessions:
         event = stage.messages(session=session)[0]
@@ -128,13 +134,24 @@ def owner(stage: Stage) -> None:
 @rule("order.features", "SET_FEATURES comes before a ring can start", section="VIRTIO 3.1.1", role=FRONTEND)
 def features(stage: Stage) -> None:
     for session in stage.sessions:
-        names = [event.detail["name"] for event in stage.messages("SET_FEATURES", "SET_VRING_KICK", session=session)]
+        names = [
+            event.detail["name"]
+            for event in stage.messages("SET_FEATURES", "SET_VRING_KICK", session=session)
+        ]
         if names and names[0] != "SET_FEATURES":
-            raise Evidence("a kick comes first", shown(stage.messages("SET_FEATURES", "SET_VRING_KICK", session=session)[:2]))
+            raise Evidence(
+                "a kick comes first",
+                shown(stage.messages("SET_FEATURES", "SET_VRING_KICK", session=session)[:2]),
+            )
 
 
-@rule("order.protocol-bit", "PROTOCOL_FEATURES is acknowledged when protocol features were set",
-      section="Ring states", severity=Severity.SHOULD, role=FRONTEND)  # fmt: skip
+@rule(
+    "order.protocol-bit",
+    "PROTOCOL_FEATURES is acknowledged when protocol features were set",
+    section="Ring states",
+    severity=Severity.SHOULD,
+    role=FRONTEND,
+)
 def protocol_bit(stage: Stage) -> None:
     for session in stage.sessions:
         if not stage.messages("SET_PROTOCOL_FEATURES", session=session):
@@ -144,7 +161,12 @@ def protocol_bit(stage: Stage) -> None:
                 raise Evidence("SET_FEATURES without it enables all rings at once", shown([event]))
 
 
-@rule("order.enable", "With PROTOCOL_FEATURES, a ring that is to run is enabled", section="Ring states", role=FRONTEND)
+@rule(
+    "order.enable",
+    "With PROTOCOL_FEATURES, a ring that is to run is enabled",
+    section="Ring states",
+    role=FRONTEND,
+)
 def enable(stage: Stage) -> None:
     seen = False
     for session in stage.sessions:
@@ -158,13 +180,21 @@ def enable(stage: Stage) -> None:
         if not rings or not acked or not acked[-1].detail["payload"]["value"] & VhostF.PROTOCOL_FEATURES:
             continue
         seen = True
-        expect(rings <= enabled, f"session {session}: rings {sorted(rings - enabled)} got a kick and were never enabled")
+        expect(
+            rings <= enabled,
+            f"session {session}: rings {sorted(rings - enabled)} got a kick and were never enabled",
+        )
     if not seen:
         raise NotOffered("no ring was started with PROTOCOL_FEATURES")
 
 
-@rule("order.stop", "Each ring that ran is stopped by GET_VRING_BASE before the session ends", section="Ring states",
-      severity=Severity.SHOULD, role=FRONTEND)  # fmt: skip
+@rule(
+    "order.stop",
+    "Each ring that ran is stopped by GET_VRING_BASE before the session ends",
+    section="Ring states",
+    severity=Severity.SHOULD,
+    role=FRONTEND,
+)
 def stop(stage: Stage) -> None:
     ended = [session for session in stage.sessions if stage.over(session) and stage.started_rings(session)]
     if not ended:
@@ -179,7 +209,12 @@ def stop(stage: Stage) -> None:
             expect(last == "GET_VRING_BASE", f"session {session} ended with ring {ring} running")
 
 
-@rule("order.status", "The device status only gains bits, until it is reset", section="VIRTIO 2.1", role=FRONTEND)
+@rule(
+    "order.status",
+    "The device status only gains bits, until it is reset",
+    section="VIRTIO 2.1",
+    role=FRONTEND,
+)
 def status(stage: Stage) -> None:
     if not stage.messages("SET_STATUS"):
         raise NotOffered("never seen: SET_STATUS")
@@ -239,8 +274,12 @@ def _needs(channel: Peer, features: int) -> None:
 _BACK = "Back-end message types, {}"
 
 
-@rule("ask.config-change", "BACKEND_CONFIG_CHANGE_MSG with need_reply is answered with 0",
-      section=_BACK.format("BACKEND_CONFIG_CHANGE_MSG"), role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.config-change",
+    "BACKEND_CONFIG_CHANGE_MSG with need_reply is answered with 0",
+    section=_BACK.format("BACKEND_CONFIG_CHANGE_MSG"),
+    role=FRONTEND,
+)
 def config_change(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.CONFIG | ProtocolF.REPLY_ACK))
@@ -249,8 +288,13 @@ def config_change(stage: Stage) -> None:
     expect(value == 0, "the channel was closed" if value is None else f"{value:#x}")
 
 
-@rule("ask.config-read", "After it the configuration is read again", section=_BACK.format("BACKEND_CONFIG_CHANGE_MSG"),
-      severity=Severity.SHOULD, role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.config-read",
+    "After it the configuration is read again",
+    section=_BACK.format("BACKEND_CONFIG_CHANGE_MSG"),
+    severity=Severity.SHOULD,
+    role=FRONTEND,
+)
 def config_read(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.CONFIG))
@@ -262,7 +306,12 @@ def config_read(stage: Stage) -> None:
     )
 
 
-@rule("ask.unasked", "A request without need_reply is not answered", section="VHOST_USER_PROTOCOL_F_REPLY_ACK", role=FRONTEND)
+@rule(
+    "ask.unasked",
+    "A request without need_reply is not answered",
+    section="VHOST_USER_PROTOCOL_F_REPLY_ACK",
+    role=FRONTEND,
+)
 def unasked(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.CONFIG))
@@ -271,8 +320,12 @@ def unasked(stage: Stage) -> None:
     expect(not came, f"message {channel.receive().number} came" if came else "")
 
 
-@rule("ask.object-add", "BACKEND_SHARED_OBJECT_ADD is answered with 0, and so is its removal",
-      section=_BACK.format("BACKEND_SHARED_OBJECT_ADD"), role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.object-add",
+    "BACKEND_SHARED_OBJECT_ADD is answered with 0, and so is its removal",
+    section=_BACK.format("BACKEND_SHARED_OBJECT_ADD"),
+    role=FRONTEND,
+)
 def object_add(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.SHARED_OBJECT | ProtocolF.REPLY_ACK))
@@ -283,8 +336,12 @@ def object_add(stage: Stage) -> None:
         expect(value == 0, f"{number.name}: {'the channel was closed' if value is None else hex(value)}")
 
 
-@rule("ask.object-unknown", "BACKEND_SHARED_OBJECT_LOOKUP of an unknown UUID is answered with another value",
-      section=_BACK.format("BACKEND_SHARED_OBJECT_LOOKUP"), role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.object-unknown",
+    "BACKEND_SHARED_OBJECT_LOOKUP of an unknown UUID is answered with another value",
+    section=_BACK.format("BACKEND_SHARED_OBJECT_LOOKUP"),
+    role=FRONTEND,
+)
 def object_unknown(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.SHARED_OBJECT | ProtocolF.REPLY_ACK))
@@ -293,8 +350,13 @@ def object_unknown(stage: Stage) -> None:
     expect(value != 0, "0: it was found")
 
 
-@rule("ask.not-negotiated", "A request whose feature was not negotiated is refused, or the channel ends",
-      section="Back-end communication", severity=Severity.SHOULD, role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.not-negotiated",
+    "A request whose feature was not negotiated is refused, or the channel ends",
+    section="Back-end communication",
+    severity=Severity.SHOULD,
+    role=FRONTEND,
+)
 def not_negotiated(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.REPLY_ACK))
@@ -306,8 +368,12 @@ def not_negotiated(stage: Stage) -> None:
     _alive(stage, channel)
 
 
-@rule("ask.unknown", "An unknown request with need_reply is refused, or the channel ends; the session goes on",
-      section="VHOST_USER_PROTOCOL_F_REPLY_ACK", role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.unknown",
+    "An unknown request with need_reply is refused, or the channel ends; the session goes on",
+    section="VHOST_USER_PROTOCOL_F_REPLY_ACK",
+    role=FRONTEND,
+)
 def unknown(stage: Stage) -> None:
     channel = _channel(stage)
     _needs(channel, int(ProtocolF.REPLY_ACK))
@@ -317,19 +383,27 @@ def unknown(stage: Stage) -> None:
     _alive(stage, channel)
 
 
-@rule("ask.huge", "A header that announces 4 GiB ends the channel at most", section="Message Specification",
-      severity=Severity.ROBUST, role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.huge",
+    "A header that announces 4 GiB ends the channel at most",
+    section="Message Specification",
+    severity=Severity.ROBUST,
+    role=FRONTEND,
+)
 def huge(stage: Stage) -> None:
     channel = _channel(stage)
-    try:
+    with contextlib.suppress(PeerClosed):  # an earlier rule may have ended it
         channel.send_bytes(frame(B.BACKEND_CONFIG_CHANGE_MSG, b"", size=0xFFFFFFFF))
-    except PeerClosed:
-        pass  # an earlier rule ended it
     _alive(stage, channel)
 
 
-@rule("ask.closed", "A channel that the back-end closes leaves the session alive", section="Back-end communication",
-      severity=Severity.ROBUST, role=FRONTEND)  # fmt: skip
+@rule(
+    "ask.closed",
+    "A channel that the back-end closes leaves the session alive",
+    section="Back-end communication",
+    severity=Severity.ROBUST,
+    role=FRONTEND,
+)
 def closed(stage: Stage) -> None:
     channel = _channel(stage)
     channel.close()
@@ -346,7 +420,9 @@ def refused(stage: Stage, names: frozenset[str]) -> None:
     asked = [event for event in stage.messages(*names, session=session) if event.detail["need_reply"]]
     if not asked:
         raise NotOffered(f"never seen with need_reply: {' '.join(sorted(names))}")
-    later = [event for event in events if event.time > asked[0].time and event.detail["name"] == "SET_VRING_KICK"]
+    later = [
+        event for event in events if event.time > asked[0].time and event.detail["name"] == "SET_VRING_KICK"
+    ]
     if later:
         raise Evidence("it went on and gave the ring a kick", shown([asked[0], later[0]]))
 

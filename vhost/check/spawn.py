@@ -17,7 +17,9 @@ from pathlib import Path
 END_WAIT = 5.0
 """Seconds from SIGTERM to SIGKILL."""
 _TAIL = 2000
-_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})  # fmt: skip
+_CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
+)
 
 
 class Program:

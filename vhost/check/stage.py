@@ -120,8 +120,8 @@ class Stage:
     def step(self, timeout: float) -> None:
         """Wait so long for something, and do it."""
         poll = select.poll()
-        for waits in (self._proxy, self._listener, *self.actors):
-            poll.register(waits, select.POLLIN)
+        for fd in (self._proxy.fileno(), self._listener.fileno(), *(actor.fileno() for actor in self.actors)):
+            poll.register(fd, select.POLLIN)
         limits = [timeout] if self._proxy.timeout is None else [timeout, self._proxy.timeout]
         poll.poll(min(limits) * 1000)
         self._proxy.step()
@@ -151,7 +151,11 @@ class Stage:
     # -- what was seen -----------------------------------------------------------------------------
 
     def messages(
-        self, *names: str, sender: Role | None = Role.FRONTEND, reply: bool = False, session: int | None = None
+        self,
+        *names: str,
+        sender: Role | None = Role.FRONTEND,
+        reply: bool = False,
+        session: int | None = None,
     ) -> list[Event]:
         """Messages by these names, in their order."""
         return [

@@ -108,7 +108,9 @@ class Target:
                 return sock
             except OSError as error:
                 sock.close()
-                retry = self.program is not None or isinstance(error, (ConnectionRefusedError, BlockingIOError))
+                retry = self.program is not None or isinstance(
+                    error, (ConnectionRefusedError, BlockingIOError)
+                )
                 if not retry or time.monotonic() > deadline:
                     how = f" ({self.program.how()})" if self.program else ""
                     reason = error.strerror or str(error)

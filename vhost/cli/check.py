@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 ABOUT = """\
 Judge a back-end by the rules of the vhost-user specification, one verdict each: pass, fail (with what was
-said), not offered, skipped. Requests on rings are harmless (a disk's serial number, entropy); what would change
-data or leave this machine is only done with --write.
+said), not offered, skipped. Requests on rings are harmless (a disk's serial number, entropy); what would
+change data or leave this machine is only done with --write.
 
-With --listen it is a front-end that is judged, the one that connects to SOCKET, by a back-end that serves it a
-device. A back-end that ends with its connection is started as often as it takes by what follows --run:
+With --listen it is a front-end that is judged, the one that connects to SOCKET, by a back-end that serves it
+a device. A back-end that ends with its connection is started as often as it takes by what follows --run:
 
     vhost check /tmp/s --run vhost-user-blk -s /tmp/s -b disk.raw
     vhost check --listen /tmp/s --device blk --run qemu-system-x86_64 ... -chardev socket,id=c,path=/tmp/s ...
@@ -42,10 +42,18 @@ def add_commands(commands: Commands) -> None:
     check.add_argument("socket", nargs="?", metavar="SOCKET", help="of the back-end")
     check.add_argument("--listen", metavar="SOCKET", help="judge the front-end that connects here")
     check.add_argument(
-        "--wait", type=float, default=60.0, metavar="SECONDS", help="for a front-end to start a ring (default 60)"
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for a front-end to start a ring (default 60)",
     )
     check.add_argument(
-        "--watch", type=float, default=2.0, metavar="SECONDS", help="how long a front-end is watched (default 2)"
+        "--watch",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="how long a front-end is watched (default 2)",
     )
     check.add_argument("--list", action="store_true", help="show all rules and their sections, and exit")
     check.add_argument(
@@ -55,16 +63,28 @@ def add_commands(commands: Commands) -> None:
         help="check rules whose id matches, such as 'ring.*' or a topic; repeat for more",
     )
     check.add_argument("--write", action="store_true", help="allow requests that change data or send packets")
-    check.add_argument("--device", default="", metavar="KIND", help="what it is, if its features do not tell; what to serve")
-    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for an answer (default 5)")
     check.add_argument(
-        "--settle", type=float, default=0.2, metavar="SECONDS", help="how long nothing must happen (default 0.2)"
+        "--device", default="", metavar="KIND", help="what it is, if its features do not tell; what to serve"
+    )
+    check.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="for an answer (default 5)"
+    )
+    check.add_argument(
+        "--settle",
+        type=float,
+        default=0.2,
+        metavar="SECONDS",
+        help="how long nothing must happen (default 0.2)",
     )
     check.add_argument("--json", action="store_true", help="verdicts as JSON")
     check.add_argument("--junit", type=Path, metavar="FILE", help="also as JUnit XML")
     check.add_argument("--quiet", action="store_true", help="show failures only")
     check.add_argument(
-        "--run", nargs=argparse.REMAINDER, dest="program", metavar="COMMAND", help="starts the back-end; the last option"
+        "--run",
+        nargs=argparse.REMAINDER,
+        dest="program",
+        metavar="COMMAND",
+        help="starts the back-end; the last option",
     )
     check.set_defaults(run=run_check)
 
