@@ -112,7 +112,8 @@ def _leave(stage: Stage, program: Program | None, watch: float) -> str:
     program.ask_to_end()
     # It may need us to answer while it ends.
     stage.until(lambda: not program.alive, stage.timeout * 4)
-    crash = program.crash()
+    program.note_crash()
+    crash = program.crashes[-1] if program.crashes else ""
     program.stop()
     stage.until(lambda: stage.over(session), stage.timeout)
     return crash

@@ -92,7 +92,8 @@ def enabled_later(target: Target) -> None:
     sent = rig.submit()
     for ring in rig.rings:
         ring.kick()
-    rig.peer.sync()
+    if not rig.idle():
+        return  # it came back before
     for ring in rig.rings:
         rig.enable(ring)
     rig.finish(sent) if sent.work.writable else rig.wait()

@@ -28,7 +28,8 @@ class Program:
     def __init__(self, command: Sequence[str], listens: str | None = None) -> None:
         self.command = list(command)
         self.path = None if listens is None else Path(listens)
-        self.starts = 0
+        self.crashes: list[str] = []
+        """How it crashed, each time."""
         self._process: subprocess.Popen[bytes] | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the object
 
@@ -36,11 +37,11 @@ class Program:
         """Start it unless it runs. The socket on which its predecessor listened is removed."""
         if self.alive:
             return
+        self.note_crash()
         if self.path is not None and self.path.is_socket():
             self.path.unlink()
         self._output.seek(0)
         self._output.truncate()
-        self.starts += 1
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
         )
@@ -53,12 +54,13 @@ class Program:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None and self.alive else None
 
-    def crash(self) -> str:
-        """How it crashed, with the end of what it printed; "" if it runs, or ended in another way."""
+    def note_crash(self) -> None:
+        """If it crashed since it was looked at last, that is in ``crashes`` now."""
         code = None if self._process is None else self._process.poll()
-        if code is None or -code not in _CRASHES:
-            return ""
-        return f"the program was killed by {signal.Signals(-code).name}{self._printed()}"
+        if code is not None and -code in _CRASHES:
+            how = f"the program was killed by {signal.Signals(-code).name}"
+            self.crashes.append(how + self._printed())
+            self._process = None
 
     def ended(self, timeout: float) -> bool:
         """It ends by itself within the time."""

@@ -85,7 +85,7 @@ class Target:
                 peer.ask(F.GET_FEATURES)
             except PeerClosed:
                 # A back-end that has not yet cleared away the session before may refuse this one.
-                if time.monotonic() >= deadline or (self.program is not None and self.program.crash()):
+                if time.monotonic() >= deadline:
                     raise
                 peer.close()
                 self.peers.remove(peer)
