@@ -34,6 +34,7 @@ CONFIG_LIVE_MIGRATION = 1
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _CONFIG = int(ProtocolF.CONFIG)
+_GPA_ADDRESSES = int(ProtocolF.GPA_ADDRESSES)
 _NET = int(ProtocolF.MTU | ProtocolF.RARP)
 _ALWAYS = int(
     ProtocolF.MQ
@@ -193,7 +194,7 @@ class Handlers(DeviceSession):
     def set_mem_table(self, message: Message) -> None:
         table: MemTable = message.payload
         self.replace_memory(
-            GuestMemory([_map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
+            GuestMemory([self._map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
         )
 
     def get_max_mem_slots(self, message: Message) -> U64:
@@ -201,13 +202,29 @@ class Handlers(DeviceSession):
 
     def add_mem_reg(self, message: Message) -> None:
         (fd,) = message.fds
-        self.replace_memory(self.memory.add(_map(message.payload.region, fd)))
+        self.replace_memory(self.memory.add(self._map(message.payload.region, fd)))
 
     def rem_mem_reg(self, message: Message) -> None:
         payload: SingleRegion = message.payload
         region: Any = payload.region
         self.replace_memory(
-            self.memory.remove(guest_addr=region.guest_addr, user_addr=region.user_addr, size=region.size)
+            self.memory.remove(
+                guest_addr=region.guest_addr, user_addr=self._user_addr(region), size=region.size
+            )
+        )
+
+    def _user_addr(self, region: MemoryRegion) -> int:
+        """With GPA_ADDRESSES, wherever there was a user address there is a guest address."""
+        gpa = self.session.protocol_features & _GPA_ADDRESSES
+        return int(region.guest_addr if gpa else region.user_addr)
+
+    def _map(self, region: MemoryRegion, fd: int) -> Region:
+        return Region.from_fd(
+            fd,
+            region.size,
+            guest_addr=region.guest_addr,
+            user_addr=self._user_addr(region),
+            mmap_offset=region.mmap_offset,
         )
 
     # -- rings -------------------------------------------------------------------------------------
@@ -221,7 +238,7 @@ class Handlers(DeviceSession):
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
         addr = message.payload
-        if not ring.started:
+        if not ring.started and self.iotlb is None:
             for name in ("desc", "avail", "used"):
                 try:
                     self.memory.user_to_guest(getattr(addr, name))
@@ -261,13 +278,3 @@ class Handlers(DeviceSession):
                 f"ring {ring.index}: state {message.payload.num}, must be 0 or 1", request=message.name
             )
         self.enable_ring(ring, bool(message.payload.num))
-
-
-def _map(region: MemoryRegion, fd: int) -> Region:
-    return Region.from_fd(
-        fd,
-        region.size,
-        guest_addr=region.guest_addr,
-        user_addr=region.user_addr,
-        mmap_offset=region.mmap_offset,
-    )
