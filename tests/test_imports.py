@@ -67,13 +67,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
     "vhost.probe": (*ROLES, *WIRE, "vhost.user"),
+    # Seeing what passes: sans-IO, but for what sits between the two sides.
+    "vhost.trace": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.descriptors": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.relay": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.output": (),
+    "vhost.trace.proxy": (*PROTOCOL, "vhost.trace", "vhost.user.listener"),
+    "vhost.check": (*ROLES, *WIRE, "vhost.check"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,
     "vhost.__init__": ANYTHING,
 }
 # The protocol is sans-IO, and the two lowest files are data.
-PURE = ("vhost.errors", "vhost.features", *PROTOCOL)
+PURE = ("vhost.errors", "vhost.features", *PROTOCOL, "vhost.trace")
 NOT_PURE = frozenset(
     {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "mmap", "ctypes"}
 )

@@ -10,6 +10,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from vhost._core cimport *
 from vhost._iotlb cimport Iotlb
@@ -69,6 +70,7 @@ cdef class DeviceQueue:
         cdef virtqueue_config cfg
         cdef uint32_t slots = 2
 
+        memset(&cfg, 0, sizeof(cfg))
         self.memory = memory
         self.iotlb = iotlb
         self.name = name
