@@ -81,13 +81,14 @@ class IotlbHandlers(Handlers):
         if iotlb is None:
             raise InvalidState("ACCESS_PLATFORM was not negotiated", request=message.name)
         if change.type == IotlbType.UPDATE:
-            with self.paused(*self.rings):
+            with self.held(look=True):
                 iotlb.update(change.iova, change.size, change.user_addr, change.perm)
                 self._fail_denied(change.iova, change.size)
                 self._translate_rings()
+                self._retry_rings()
             self._start_rings()
         elif change.type == IotlbType.INVALIDATE:
-            with self.paused(*self.rings):
+            with self.held(look=False):
                 iotlb.invalidate(change.iova, change.size)
                 self._translate_rings()
         else:
@@ -103,6 +104,12 @@ class IotlbHandlers(Handlers):
             if ring.queue is not None:
                 ring.queue.translate()
 
+    def _retry_rings(self) -> None:
+        # Not after an invalidation: an engine has told us of a miss, and is not told to look again.
+        for ring in self.rings:
+            if ring.queue is not None:
+                ring.queue.retry()
+
     def _fail_denied(self, iova: int, size: int) -> None:
         """Of what was asked for and is answered now, find that which may not be accessed as it has to be."""
         assert self.iotlb is not None
@@ -116,7 +123,7 @@ class IotlbHandlers(Handlers):
                 self._tell(IotlbType.ACCESS_FAIL, miss)
             for ring in rings:
                 if ring.queue is not None:
-                    ring.queue.mark_broken(why)
+                    ring.queue.deny(why)
                 self._ring_broken(ring, f"{ring.name}[{ring.index}]: {why}")
 
     # -- what rings lack ---------------------------------------------------------------------------
@@ -149,7 +156,8 @@ class IotlbHandlers(Handlers):
         if count <= MISSES_AT_ONE_PLACE:
             return True
         why = f"IOTLB: {_words(miss)}: {count} misses in a row, limit {MISSES_AT_ONE_PLACE}"
-        ring.queue.mark_broken(why)
+        with self.held(look=True):
+            ring.queue.deny(why)
         self._ring_broken(ring, f"{ring.queue.name}: {why}")
         return False
 
