@@ -22,6 +22,7 @@ RINGS = (
     *LOWEST,
     "vhost._core",
     "vhost.dirty_log",
+    "vhost.shmem",
     "vhost._ring",
     "vhost._iotlb",
     "vhost.iotlb",
@@ -31,9 +32,17 @@ RINGS = (
     "vhost.device_queue",
     "vhost.driver_queue",
 )
-PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
+PROTOCOL = (
+    *LOWEST,
+    "vhost.user.payloads",
+    "vhost.user.gpu_payloads",
+    "vhost.user.spec",
+    "vhost.user.gpu_messages",
+    "vhost.user.messages",
+    "vhost.user.session",
+)
 # What serves a device, whatever brings the requests.
-SERVING = ("vhost.devices.base", "vhost.devices.rings", "vhost.devices.session")
+SERVING = ("vhost.devices.base", "vhost.devices.requests", "vhost.devices.rings", "vhost.devices.session")
 ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
 # What a device and its driver both put on the wire: data, below either.
 WIRE = ("vhost.virtio_blk", "vhost.virtio_net", "vhost.virtio_vsock")
@@ -47,15 +56,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost._ring": RINGS,
     "vhost.memory": (*LOWEST, "vhost._core"),
     "vhost.dirty_log": (*LOWEST, "vhost._core", "vhost.memory"),
+    "vhost.shmem": (*LOWEST, "vhost._core"),
     "vhost.chain": RINGS,
     "vhost.device_queue": RINGS,
     "vhost.driver_queue": RINGS,
     "vhost.virtqueue": RINGS,
     "vhost.ops": (*RINGS, "vhost.user.payloads"),
     "vhost.user.payloads": LOWEST,
+    "vhost.user.gpu_payloads": PROTOCOL[:3],
     "vhost.user.spec": PROTOCOL[:3],
-    "vhost.user.messages": PROTOCOL[:4],
-    "vhost.user.session": PROTOCOL[:5],
+    "vhost.user.gpu_messages": PROTOCOL[:5],
+    "vhost.user.messages": PROTOCOL[:6],
+    "vhost.user.session": PROTOCOL[:7],
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
     "vhost.virtio_blk": LOWEST,

@@ -49,6 +49,8 @@ class Ring:
         """Where to start, if somebody said so since the ring stopped last (SET_VRING_BASE)."""
         self.left: int | None = None
         """Where it stopped. If neither is known, the ring's used index says where to start."""
+        self.big_endian = False
+        """A legacy driver's, in that byte order (SET_VRING_ENDIAN)."""
         self.enabled = False
         self.kick_known = False
         """A kick was given; -1 then means that the device is to poll."""
@@ -112,6 +114,7 @@ class Ring:
             indirect=bool(features & int(VirtioF.RING_INDIRECT_DESC)),
             event_idx=bool(features & int(VirtioF.RING_EVENT_IDX)),
             in_order=bool(features & int(VirtioF.IN_ORDER)),
+            big_endian=self.big_endian and not features & int(VirtioF.VERSION_1 | VirtioF.RING_PACKED),
             base=base,
             user_addresses=self.user_addresses,
             iotlb=iotlb,
