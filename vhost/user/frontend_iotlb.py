@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vhost.errors import InvalidGuestMemory, InvalidMessage
+from vhost.errors import InvalidGuestMemory, InvalidMessage, RequestFailed
 from vhost.features import ProtocolF, VirtioF
 from vhost.iotlb import NO_ACCESS, Access, IotlbMessage, IotlbType
 from vhost.memory import GuestMemory
@@ -38,9 +38,9 @@ class FrontendIotlb(FrontendBase):
     """The back-end may not access what it has to in this way, and gave the ring up. Called when no request
     waits."""
 
-    def get_features(self) -> int:
-        hidden = 0 if self.behind_iommu else _ACCESS_PLATFORM
-        return super().get_features() & ~hidden
+    @property
+    def _hidden_features(self) -> int:
+        return 0 if self.behind_iommu else _ACCESS_PLATFORM
 
     @property
     def _translates(self) -> bool:
@@ -61,7 +61,12 @@ class FrontendIotlb(FrontendBase):
 
     def _send_iotlb(self, kind: IotlbType, iova: int, size: int, user_addr: int, access: Access) -> None:
         status = self._get(F.IOTLB_MSG, Iotlb(iova, size, user_addr, int(access), int(kind))).value
-        self._must_be_done(F.IOTLB_MSG, status)
+        if status:
+            raise RequestFailed(
+                f"{kind.name} of IOVA {iova:#x}, size {size:#x}: the peer answered with failure: {status:#x}",
+                request=F.IOTLB_MSG.name,
+                status=status,
+            )
 
     def _serve_iotlb_msg(self, message: Message) -> None:
         asked: Iotlb = message.payload
@@ -74,7 +79,7 @@ class FrontendIotlb(FrontendBase):
             fail = IotlbMessage(IotlbType.ACCESS_FAIL, asked.iova, access=Access(asked.perm))
             if self.on_iotlb_access_fail is not None:
                 callback = self.on_iotlb_access_fail
-                self._tell(f"access fail {asked.iova:#x}", lambda: callback(fail))
+                self._tell("access fail", lambda: callback(fail))
         else:
             raise InvalidMessage(
                 f"type {asked.type}, must be {IotlbType.MISS} (miss) or {IotlbType.ACCESS_FAIL} (access fail)",
