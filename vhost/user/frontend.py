@@ -153,6 +153,7 @@ class Frontend(
             self._send(F.SET_MEM_TABLE, table, [region.fd for region in memory])
         self._memory = tuple(memory)
         self._guest_memory = memory
+        self._map_memory(memory)
 
     def _describe(self, region: Region) -> MemoryRegion:
         if region.fd < 0:

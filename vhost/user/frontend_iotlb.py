@@ -32,8 +32,9 @@ class FrontendIotlb(FrontendBase):
 
     on_iotlb_miss: Callable[[IotlbMessage], None] | None = None
     """Called for each miss, in the middle of whatever runs. It answers with ``iotlb_update``, now or later: the
-    ring waits until then. VhostError tells the back-end that there is no such mapping. None: the regions of
-    the memory table are mapped as they are missed, at their guest addresses."""
+    ring waits until then, and somebody has to call ``step()`` when ``fileno()`` is readable. VhostError tells
+    the back-end that there is no such mapping. None: all of the memory table is mapped at its guest addresses,
+    without waiting for misses."""
     on_iotlb_access_fail: Callable[[IotlbMessage], None] | None = None
     """The back-end may not access what it has to in this way, and gave the ring up. Called when no request
     waits."""
@@ -60,7 +61,12 @@ class FrontendIotlb(FrontendBase):
         self._send_iotlb(IotlbType.INVALIDATE, iova, size, 0, NO_ACCESS)
 
     def _send_iotlb(self, kind: IotlbType, iova: int, size: int, user_addr: int, access: Access) -> None:
-        status = self._get(F.IOTLB_MSG, Iotlb(iova, size, user_addr, int(access), int(kind))).value
+        payload = Iotlb(iova, size, user_addr, int(access), int(kind))
+        # It is answered in any case; DPDK's vhost wants to be asked all the same, as QEMU does.
+        asks = True if self._has(ProtocolF.REPLY_ACK) else None
+        reply = self._call(self.session.request(F.IOTLB_MSG, payload, need_reply=asks))
+        assert reply is not None  # says the message table
+        status = int(reply.payload.value)
         if status:
             raise RequestFailed(
                 f"{kind.name} of IOVA {iova:#x}, size {size:#x}: the peer answered with failure: {status:#x}",
@@ -85,6 +91,12 @@ class FrontendIotlb(FrontendBase):
                 f"type {asked.type}, must be {IotlbType.MISS} (miss) or {IotlbType.ACCESS_FAIL} (access fail)",
                 request=message.name,
             )
+
+    def _map_memory(self, memory: GuestMemory) -> None:
+        """The back-end has this memory now."""
+        if self._translates and self.on_iotlb_miss is None:
+            for region in memory:
+                self.iotlb_update(region.guest_addr, region.size, region.user_addr)
 
     def _map_guest_address(self, miss: IotlbMessage) -> None:
         for region in self._guest_memory:
