@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 
 # What a module may import of this package, by longest matching prefix. A prefix names itself and all
 # below it; "vhost.devices*" would be the same as "vhost.devices".
-LOWEST = ("vhost.errors", "vhost.features", "vhost.iotlb")
+LOWEST = ("vhost.errors", "vhost.features")
 RINGS = (
     *LOWEST,
     "vhost._core",
@@ -25,6 +25,7 @@ RINGS = (
     "vhost.shmem",
     "vhost._ring",
     "vhost._iotlb",
+    "vhost.iotlb",
     "vhost.memory",
     "vhost.virtqueue",
     "vhost.chain",

@@ -17,6 +17,7 @@ from vhost.user.channel import BackendChannel
 from vhost.user.crypto import CryptoHandlers
 from vhost.user.gpu_socket import GpuSocketHandlers
 from vhost.user.inband import InbandHandlers
+from vhost.user.iotlb import IotlbHandlers
 from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
 from vhost.user.objects import ObjectHandlers
@@ -31,6 +32,7 @@ MESSAGES_PER_STEP = 16
 
 
 class Backend(
+    IotlbHandlers,
     LogHandlers,
     StateHandlers,
     InbandHandlers,

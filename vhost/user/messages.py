@@ -194,7 +194,7 @@ _FRONTEND_ROWS = (
            old_name="SET_SLAVE_REQ_FD", live=True),
     _front(_F.IOTLB_MSG, "Update or invalidate IOTLB entries.",
            request=p.Iotlb, reply=U64, policy=_ALWAYS, refusal=U64(1), feature=VirtioF.ACCESS_PLATFORM,
-           section="IOMMU support"),
+           section="IOMMU support", live=True),
     _front(_F.SET_VRING_ENDIAN, "Byte order of a legacy ring: num 0 little, 1 big.",
            request=VringState, per_ring="index", feature=ProtocolF.CROSS_ENDIAN, live=True),
     _front(_F.GET_CONFIG, "Read configuration space; the reply has the request's size, or 0 for an error.",
@@ -257,7 +257,7 @@ _FRONTEND_ROWS = (
 _BACKEND_ROWS = (
     _back(_B.BACKEND_IOTLB_MSG, "An IOTLB miss or access failure.",
           request=p.Iotlb, feature=VirtioF.ACCESS_PLATFORM, section="IOMMU support",
-          old_name="SLAVE_IOTLB_MSG"),
+          old_name="SLAVE_IOTLB_MSG", live=True),
     _back(_B.BACKEND_CONFIG_CHANGE_MSG, "The configuration space changed.",
           feature=ProtocolF.CONFIG, old_name="SLAVE_CONFIG_CHANGE_MSG", live=True),
     _back(_B.BACKEND_VRING_HOST_NOTIFIER_MSG, "A page of a device's doorbell for a ring, or its removal.",

@@ -94,6 +94,7 @@ class Session:
         self._failed: str | None = None
         # The replies that the peer owes, and whether they have the row's payload.
         self._outstanding: deque[tuple[Spec, bool]] = deque()
+        self._answers = 0
         self._data = bytearray()
         self._fds: list[int] = []
         self._target = HEADER_SIZE
@@ -241,6 +242,7 @@ class Session:
 
     def _read_reply(self, spec: Spec, own_reply: bool, data: bytes) -> Message:
         self._outstanding.popleft()
+        self._answers += 1
         payload: Payload
         try:
             payload = spec.decode(data, reply=True, xen=self._xen) if own_reply else U64.unpack(data)
@@ -254,7 +256,7 @@ class Session:
         if own_reply and spec.name.endswith("GET_PROTOCOL_FEATURES") and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         fds, self._fds = self._fds, []
-        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply)
+        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply, number=self._answers)
 
     def _read_request(self, spec: Spec, flags: int, own_reply: bool, known: bool, data: bytes) -> Message:
         # From here on the stream is in step: what is wrong with the message is wrong with it alone.
@@ -317,6 +319,7 @@ class Session:
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
         if expects:
             self._outstanding.append((spec, own_reply))
+            outgoing.number = self._answers + len(self._outstanding)
         return self._traced(outgoing)
 
     def reply(self, message: Message, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:

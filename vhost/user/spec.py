@@ -261,6 +261,8 @@ class Message:
     own_reply: bool = False
     """A request that is answered by its row's reply payload rather than an ack."""
     answered: bool = False
+    number: int = 0
+    """Of a reply: that of the request that it answers."""
 
     @property
     def name(self) -> str:
@@ -324,6 +326,8 @@ class Outgoing:
     payload: Any = EMPTY
     need_reply: bool = False
     is_reply: bool = False
+    number: int = 0
+    """Of a request that is answered: which one of the channel it is, from 1 on."""
 
     @property
     def name(self) -> str:
