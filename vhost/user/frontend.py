@@ -12,6 +12,7 @@ from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
 from vhost.user.frontend_log import FrontendLog
+from vhost.user.frontend_postcopy import FrontendPostcopy
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
@@ -36,7 +37,7 @@ _TRANSPORT = _PROTOCOL_FEATURES | int(VhostF.LOG_ALL)
 _MQ = int(ProtocolF.MQ)
 
 
-class Frontend(FrontendLog, FrontendState):
+class Frontend(FrontendLog, FrontendState, FrontendPostcopy):
     """A session with a back-end, negotiated as far as the transport goes.
 
     ``protocol_features`` is what both sides have; ``offered_features`` what GET_FEATURES said.
@@ -110,19 +111,25 @@ class Frontend(FrontendLog, FrontendState):
                 self.remove_mem_region(region)
             for region in memory:
                 if region not in self._memory:
-                    self.add_mem_region(region)
+                    self._add(region)
+            self._acknowledge(F.ADD_MEM_REG)
         else:
             if len(memory) > MEM_TABLE_REGIONS:
                 raise InvalidGuestMemory(
                     f"{len(memory)} regions, limit {MEM_TABLE_REGIONS} without CONFIGURE_MEM_SLOTS"
                 )
             table = MemTable(tuple(_describe(region) for region in memory))
-            self._send(F.SET_MEM_TABLE, table, [region.fd for region in memory])
+            self._share(F.SET_MEM_TABLE, table, memory)
+            self._acknowledge(F.SET_MEM_TABLE)
         self._memory = tuple(memory)
         self._guest_memory = memory
 
     def add_mem_region(self, region: Region) -> None:
-        self._send(F.ADD_MEM_REG, SingleRegion(_describe(region)), [region.fd])
+        self._add(region)
+        self._acknowledge(F.ADD_MEM_REG)
+
+    def _add(self, region: Region) -> None:
+        self._share(F.ADD_MEM_REG, SingleRegion(_describe(region)), (region,))
         self._memory += (region,)
         self._guest_memory = GuestMemory(self._memory)
 

@@ -39,6 +39,7 @@ WANTED = (
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
     | ProtocolF.DEVICE_STATE
+    | ProtocolF.PAGEFAULT
 )
 RETRY_PAUSE = 0.05
 MESSAGES_PER_LOOK = 16

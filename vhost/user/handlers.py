@@ -190,18 +190,18 @@ class Handlers(DeviceSession):
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def set_mem_table(self, message: Message) -> None:
-        table: MemTable = message.payload
-        self.replace_memory(
-            GuestMemory([_map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
-        )
+    def set_mem_table(self, message: Message) -> MemTable | None:
+        regions = zip(message.payload.regions, message.fds, strict=True)
+        self.replace_memory(GuestMemory([map_region(region, fd) for region, fd in regions]))
+        return None
 
     def get_max_mem_slots(self, message: Message) -> U64:
         return U64(MAX_REGIONS)
 
-    def add_mem_reg(self, message: Message) -> None:
+    def add_mem_reg(self, message: Message) -> SingleRegion | None:
         (fd,) = message.fds
-        self.replace_memory(self.memory.add(_map(message.payload.region, fd)))
+        self.replace_memory(self.memory.add(map_region(message.payload.region, fd)))
+        return None
 
     def rem_mem_reg(self, message: Message) -> None:
         payload: SingleRegion = message.payload
@@ -263,7 +263,8 @@ class Handlers(DeviceSession):
         self.enable_ring(ring, bool(message.payload.num))
 
 
-def _map(region: MemoryRegion, fd: int) -> Region:
+def map_region(region: MemoryRegion, fd: int) -> Region:
+    """What a message describes, in our address space."""
     return Region.from_fd(
         fd,
         region.size,
