@@ -122,7 +122,8 @@ def test_a_disk_whose_memory_comes_page_by_page(packed: bool, slots: bool, serve
             frontend.set_mem_table(GuestMemory([region]))
             frontend.set_vring_num(0, source.num)
             frontend.set_vring_base(0, source.start(0)[1])
-            frontend.set_vring_addr(0, *source.areas)
+            areas = source.areas
+            frontend.set_vring_addr(0, areas.desc, areas.avail, areas.used)
             frontend.set_vring_call(0, call)
             frontend.set_vring_kick(0, kick)
             frontend.set_vring_enable(0, True)
@@ -187,9 +188,9 @@ def raw_on(serve: Serve, *, listen: bool = False) -> Iterator[tuple[RawFrontend,
 TABLE = (h.GUEST, h.SIZE, h.USER, 0)
 
 
-def announce(raw: RawFrontend) -> int:
+def announce(raw: RawFrontend, fd: int = -1) -> int:
     """SET_MEM_TABLE: where the back-end has the memory."""
-    raw.send(h.SET_MEM_TABLE, h.table(TABLE), [raw.memfd])
+    raw.send(h.SET_MEM_TABLE, h.table(TABLE), [raw.memfd if fd < 0 else fd])
     answer = raw.reply()
     assert answer.number == h.SET_MEM_TABLE
     count, _, guest, size, user, offset = struct.unpack("=IIQQQQ", answer.payload)
@@ -313,9 +314,9 @@ def test_a_page_that_never_comes(device: str, end: str, disk: Path, tmp_path: Pa
 
 def test_it_ends_with_pages_missing(serve: Serve) -> None:
     with raw_on(serve, listen=True) as (raw, fault):
-        region = Region.from_fd(raw.memfd, h.SIZE, guest_addr=h.GUEST, user_addr=h.USER)
+        region = Region.allocate(h.SIZE, guest_addr=h.GUEST, user_addr=h.USER)
         with contextlib.closing(PageServer(os.dup(fault))) as pages:
-            pages.know(region, announce(raw))
+            pages.know(region, announce(raw, region.fd))
             raw.send(h.SET_MEM_TABLE, h.u64(0))
             ring(raw)
             assert select.select([fault], [], [], 20)[0]

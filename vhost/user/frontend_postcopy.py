@@ -102,6 +102,8 @@ class PageServer:
         self._map(region, base)
 
     def _map(self, region: Region, base: int) -> _Known:
+        if region.fd < 0:
+            raise InvalidGuestMemory(f"{region!r} has no descriptor to share")
         page = os.fstatvfs(region.fd).f_bsize
         if region.mmap_offset % page or region.size % page or base % page:
             raise InvalidGuestMemory(f"{region!r} at {base:#x} of the back-end: not in pages of {page}")
