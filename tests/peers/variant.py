@@ -3,8 +3,8 @@
 
     python variant.py WHAT,... serve blk ...
 
-``unlogged``: nothing is marked in the dirty log; ``unlogged-rings``: rings are not. ``python``: requests are
-run in Python.
+``unlogged``: nothing is marked in the dirty log; ``unlogged-rings``: rings are not. ``hasty``:
+pages that post-copy has not brought yet are taken for empty ones. ``python``: requests are run in Python.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import sys
 from vhost.cli import main
 from vhost.devices.blk import Blk
 from vhost.devices.rings import Ring
+from vhost.memory import GuestMemory, Region
 from vhost.user.log import LogHandlers
+from vhost.user.postcopy import PostcopyHandlers
 
 
 def forget_log(self: LogHandlers, ring: Ring) -> None:
@@ -27,11 +29,17 @@ def forget_ring_log(self: LogHandlers, ring: Ring) -> None:
     ring.queue.set_log(self._log if self._logs else None, ring=False)
 
 
+def take_for_empty(self: PostcopyHandlers, memory: GuestMemory, new: list[Region]) -> None:
+    self._coming = memory
+
+
 for what in sys.argv.pop(1).split(","):
     if what == "unlogged":
         LogHandlers._tell_log = forget_log  # type: ignore[method-assign]
     elif what == "unlogged-rings":
         LogHandlers._tell_log = forget_ring_log  # type: ignore[method-assign]
+    elif what == "hasty":
+        PostcopyHandlers._announce = take_for_empty  # type: ignore[method-assign]
     elif what == "python":
         assert Blk.__init__.__kwdefaults__ is not None
         Blk.__init__.__kwdefaults__["handler"] = "python"
