@@ -86,6 +86,7 @@ cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
     int sigbus_install()
+    bint sigbus_installed()
     const int *sigbus_repairs()
 
 

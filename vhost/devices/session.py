@@ -170,7 +170,9 @@ class DeviceSession(ABC):
                             self._serve(ring)
                 else:
                     self._happened(fd, events)
-        except Disconnected:
+        except Disconnected as gone:
+            # The protocol's session remembers it: without the frames, which would keep this one alive.
+            gone.__traceback__ = None
             self.close()
         except VhostError as error:
             self._fail(error)

@@ -21,6 +21,7 @@ from vhost.user.iotlb import IotlbHandlers
 from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
 from vhost.user.objects import ObjectHandlers
+from vhost.user.postcopy import PostcopyHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
 from vhost.user.state import StateHandlers
@@ -35,6 +36,7 @@ class Backend(
     IotlbHandlers,
     LogHandlers,
     StateHandlers,
+    PostcopyHandlers,
     InbandHandlers,
     ObjectHandlers,
     GpuSocketHandlers,

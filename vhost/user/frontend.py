@@ -15,6 +15,7 @@ from vhost.user.frontend_inband import FrontendInband
 from vhost.user.frontend_iotlb import FrontendIotlb
 from vhost.user.frontend_log import FrontendLog
 from vhost.user.frontend_objects import FrontendObjects
+from vhost.user.frontend_postcopy import FrontendPostcopy
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
@@ -44,6 +45,7 @@ class Frontend(
     FrontendIotlb,
     FrontendLog,
     FrontendState,
+    FrontendPostcopy,
     FrontendInband,
     FrontendObjects,
 ):
@@ -146,14 +148,16 @@ class Frontend(
                 self.remove_mem_region(region)
             for region in memory:
                 if region not in self._memory:
-                    self.add_mem_region(region)
+                    self._add(region)
+            self._acknowledge(F.ADD_MEM_REG)
         else:
             if len(memory) > MEM_TABLE_REGIONS:
                 raise InvalidGuestMemory(
                     f"{len(memory)} regions, limit {MEM_TABLE_REGIONS} without CONFIGURE_MEM_SLOTS"
                 )
             table = MemTable(tuple(self._describe(region) for region in memory))
-            self._send(F.SET_MEM_TABLE, table, [region.fd for region in memory])
+            self._share(F.SET_MEM_TABLE, table, memory)
+            self._acknowledge(F.SET_MEM_TABLE)
         self._memory = tuple(memory)
         self._guest_memory = memory
         self._map_memory(memory)
@@ -165,7 +169,11 @@ class Frontend(
         return MemoryRegion(region.guest_addr, region.size, user_addr, region.mmap_offset)
 
     def add_mem_region(self, region: Region) -> None:
-        self._send(F.ADD_MEM_REG, SingleRegion(self._describe(region)), [region.fd])
+        self._add(region)
+        self._acknowledge(F.ADD_MEM_REG)
+
+    def _add(self, region: Region) -> None:
+        self._share(F.ADD_MEM_REG, SingleRegion(self._describe(region)), (region,))
         self._memory += (region,)
         self._guest_memory = GuestMemory(self._memory)
 

@@ -39,6 +39,7 @@ WANTED = (
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
     | ProtocolF.DEVICE_STATE
+    | ProtocolF.PAGEFAULT
     | ProtocolF.CROSS_ENDIAN
     | ProtocolF.CRYPTO_SESSION
     | ProtocolF.BACKEND_SEND_FD

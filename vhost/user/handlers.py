@@ -217,18 +217,18 @@ class Handlers(DeviceSession):
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def set_mem_table(self, message: Message) -> None:
-        table: MemTable = message.payload
-        self.replace_memory(
-            GuestMemory([self._map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
-        )
+    def set_mem_table(self, message: Message) -> MemTable | None:
+        regions = zip(message.payload.regions, message.fds, strict=True)
+        self.replace_memory(GuestMemory([self._map(region, fd) for region, fd in regions]))
+        return None
 
     def get_max_mem_slots(self, message: Message) -> U64:
         return U64(MAX_REGIONS)
 
-    def add_mem_reg(self, message: Message) -> None:
+    def add_mem_reg(self, message: Message) -> SingleRegion | None:
         (fd,) = message.fds
         self.replace_memory(self.memory.add(self._map(message.payload.region, fd)))
+        return None
 
     def rem_mem_reg(self, message: Message) -> None:
         payload: SingleRegion = message.payload

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from functools import partial
 
 from vhost._iotlb import MAX_ENTRIES, Iotlb
