@@ -74,6 +74,7 @@ setup(
             extension("vhost.chain"),
             extension("vhost._ring"),
             extension("vhost.dirty_log"),
+            extension("vhost.inflight"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
             extension("vhost.kernel._ioctl"),

@@ -5,6 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from vhost._core cimport virtqueue, virtqueue_call, virtqueue_log, vring_used
 from vhost.chain cimport Chain
 from vhost.dirty_log cimport DirtyLog
+from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory
 
 
@@ -13,6 +14,7 @@ cdef class DeviceQueue:
     cdef virtqueue vq
 
     cdef readonly GuestMemory memory
+    cdef readonly InflightRegion inflight
     cdef readonly str name
     cdef readonly uint32_t index
     cdef readonly bint closed

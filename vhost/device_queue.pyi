@@ -6,6 +6,7 @@ from typing import final
 
 from vhost.chain import Chain
 from vhost.dirty_log import DirtyLog
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 
 __all__ = ["DeviceQueue"]
@@ -47,6 +48,7 @@ class DeviceQueue:
         call: int = -1,
         call_vq: int | None = None,
         err: int = -1,
+        inflight: InflightRegion | None = None,
         index: int = 0,
         name: str = "queue",
     ) -> None:
@@ -59,6 +61,9 @@ class DeviceQueue:
         ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
         of it.
         ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
+        ``inflight``: note in its part ``index`` what is in flight. If a predecessor did, ``base`` means
+        nothing: the queue goes on where that one was, and what it left is popped first, in its order.
+        InvalidQueue if what it says cannot be.
         """
 
     @property
@@ -120,6 +125,14 @@ class DeviceQueue:
     @property
     def in_flight(self) -> int:
         """Ring slots of chains that were popped and are not published yet."""
+
+    @property
+    def inflight(self) -> InflightRegion | None:
+        """Where it is noted what is in flight."""
+
+    @property
+    def resubmits(self) -> int:
+        """Chains of a predecessor that are still to be popped again."""
 
     @property
     def device_area_size(self) -> int:

@@ -128,6 +128,12 @@ class Device:
         """The ring stops, or pauses to have its memory or eventfds changed. Return only when nothing
         uses the queue any more and what was popped has been pushed."""
 
+    def suspend_queue(self, queue: DeviceQueue) -> None:
+        """The ring stops, and what is in flight is noted for a successor, which will pop it again. As
+        ``stop_queue``, but what was popped need not have been pushed: a device that can cancel its
+        requests does so here. They must not have effects any more afterwards."""
+        self.stop_queue(queue)
+
     def reset(self) -> None:
         """The driver reset the device; all rings are stopped."""
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 from vhost.virtqueue import DeviceQueue
 
@@ -95,7 +96,9 @@ class Ring:
     def can_start(self) -> bool:
         return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
-    def start(self, memory: GuestMemory, features: int) -> DeviceQueue:
+    def start(
+        self, memory: GuestMemory, features: int, inflight: InflightRegion | None = None
+    ) -> DeviceQueue:
         """Make the queue; InvalidQueue if what was said of the ring is no ring."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
@@ -116,6 +119,7 @@ class Ring:
             call=self.call,
             call_vq=self.call_vq,
             err=self.err,
+            inflight=inflight,
             index=self.index,
             name=f"{self.name}[{self.index}]",
         )

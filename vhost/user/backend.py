@@ -14,6 +14,7 @@ import socket
 from vhost.devices.base import Device
 from vhost.errors import ProtocolError, VhostError
 from vhost.user.channel import BackendChannel
+from vhost.user.inflight import InflightHandlers
 from vhost.user.log import LogHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
@@ -25,7 +26,7 @@ MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
 
-class Backend(LogHandlers, StateHandlers):
+class Backend(InflightHandlers, LogHandlers, StateHandlers):
     """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
     of ProtocolF) that it does not offer."""
 

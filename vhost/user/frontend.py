@@ -11,6 +11,7 @@ from vhost.errors import InactiveFeature, InvalidGuestMemory, InvalidMessage
 from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
+from vhost.user.frontend_inflight import FrontendInflight
 from vhost.user.frontend_log import FrontendLog
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
@@ -36,7 +37,7 @@ _TRANSPORT = _PROTOCOL_FEATURES | int(VhostF.LOG_ALL)
 _MQ = int(ProtocolF.MQ)
 
 
-class Frontend(FrontendLog, FrontendState):
+class Frontend(FrontendInflight, FrontendLog, FrontendState):
     """A session with a back-end, negotiated as far as the transport goes.
 
     ``protocol_features`` is what both sides have; ``offered_features`` what GET_FEATURES said.

@@ -38,6 +38,7 @@ WANTED = (
     | ProtocolF.MTU
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
+    | ProtocolF.INFLIGHT_SHMFD
     | ProtocolF.DEVICE_STATE
 )
 RETRY_PAUSE = 0.05
