@@ -19,6 +19,7 @@ GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 CORE = [
     "csrc/guest_memory.c",
+    "csrc/iotlb.c",
     "csrc/chain.c",
     "csrc/virtqueue.c",
     "csrc/device_split.c",
@@ -27,6 +28,7 @@ CORE = [
     "csrc/inflight.c",
     "csrc/inflight_split.c",
     "csrc/inflight_packed.c",
+    "csrc/ring_shadow.c",
     "csrc/driver_split.c",
     "csrc/driver_packed.c",
     "csrc/sigbus.c",
@@ -72,9 +74,11 @@ setup(
         [
             extension("vhost.memory"),
             extension("vhost.chain"),
+            extension("vhost._iotlb"),
             extension("vhost._ring"),
             extension("vhost.dirty_log"),
             extension("vhost.inflight"),
+            extension("vhost.shmem"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
             extension("vhost.kernel._ioctl"),

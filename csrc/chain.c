@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "chain_build.h"
+#include "iotlb.h"
 
 void vhost_chain_init(struct vhost_chain *c)
 {
@@ -40,8 +41,41 @@ static bool grow(struct vhost_chain *c, uint32_t n, uint32_t max)
 	return true;
 }
 
+static uint32_t access_of(uint32_t kind)
+{
+	return kind & VRING_DESC_F_WRITE ? IOTLB_WRITE : IOTLB_READ;
+}
+
+/* Without an IOMMU the ring's table of memory is all there is; with one it is what may be read and written. */
+static uint8_t *translate(struct virtqueue *vq, uint64_t addr, uint32_t kind, uint64_t *len)
+{
+	uint8_t *p = guest_memory_at(vq->mem, addr, len);
+
+	if (!p && vq->iotlb)
+		p = iotlb_at(vq->iotlb, addr, access_of(kind), len);
+	return p;
+}
+
+int chain_no_access(struct virtqueue *vq, uint16_t head, uint64_t addr, uint64_t len, uint32_t kind)
+{
+	struct iotlb_miss miss = { 0, 0 };
+
+	if (vq->iotlb)
+		miss = iotlb_missing(vq->iotlb, addr, len, access_of(kind));
+	if (miss.access)
+		return vq_fault(vq, VQ_MISS, head, miss.iova, miss.access);
+	return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
+}
+
+bool chain_read(struct virtqueue *vq, uint64_t addr, void *to, uint64_t len)
+{
+	if (vq->iotlb)
+		return iotlb_read(vq->iotlb, addr, to, len) == len;
+	return guest_memory_read(vq->mem, addr, to, len) == len;
+}
+
 int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
-		     uint64_t addr, uint32_t len)
+		     uint64_t addr, uint32_t len, uint32_t kind)
 {
 	uint32_t max = chain_max_pieces(vq);
 	uint64_t left = len;
@@ -51,10 +85,10 @@ int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, ui
 	for (;;) {
 		uint32_t cap = c->iov == c->fixed ? VHOST_CHAIN_INLINE : c->spill_cap;
 		uint64_t piece = left;
-		uint8_t *p = guest_memory_at(vq->mem, addr, &piece);
+		uint8_t *p = translate(vq, addr, kind, &piece);
 
 		if (!p)
-			return vq_fault(vq, VQ_ADDRESS, head, addr, 0);
+			return chain_no_access(vq, head, addr, 1, kind);
 		/* Without memory for them they are too many, too. */
 		if (n >= max || (n == cap && !grow(c, n, max)))
 			return vq_fault(vq, VQ_TOO_MANY_PIECES, head, n + 1, max + 1);
@@ -73,5 +107,9 @@ int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, ui
 void vq_report(struct virtqueue *vq, enum virtqueue_fault fault, uint16_t head, uint64_t value,
 	       uint64_t limit)
 {
-	vq->report = (struct virtqueue_fault_report){ fault, head, value, limit };
+	vq->report.head = head;
+	vq->report.value = value;
+	vq->report.limit = limit;
+	/* Others look for it at any time. */
+	STORE_RELEASE(vq->report.fault, fault);
 }

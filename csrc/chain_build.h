@@ -52,15 +52,18 @@ static inline struct desc_table desc_table(struct guest_memory *mem, uint64_t ad
 	return (struct desc_table){ addr, likely(got == len) ? p : NULL };
 }
 
-static inline bool fetch_table_desc(struct guest_memory *mem, const struct desc_table *t, uint32_t i,
+/* Copies from where a table lies; what is not in the ring's own table of memory may be in its IOTLB. False:
+ * not all of it is there. */
+bool chain_read(struct virtqueue *vq, uint64_t addr, void *to, uint64_t len);
+
+static inline bool fetch_table_desc(struct virtqueue *vq, const struct desc_table *t, uint32_t i,
 				    struct raw_desc *raw)
 {
 	uint64_t half[2], at = (uint64_t)i * sizeof(half);
 
 	if (likely(t->host))
 		memcpy(half, t->host + at, sizeof(half));
-	else if (t->addr + at < t->addr ||
-		 guest_memory_read(mem, t->addr + at, half, sizeof(half)) != sizeof(half))
+	else if (t->addr + at < t->addr || !chain_read(vq, t->addr + at, half, sizeof(half)))
 		return false;
 	/* From here on the values live in registers: the compiler must not load them again. */
 	__asm__ __volatile__("" : "+r"(half[0]), "+r"(half[1]));
@@ -78,6 +81,11 @@ static inline int vq_fault(struct virtqueue *vq, enum virtqueue_fault fault, uin
 	vq_report(vq, fault, head, value, limit);
 	return -1;
 }
+
+/* Not all of these bytes can be accessed in this way (kind 0: read; VRING_DESC_F_WRITE: written). That is a
+ * fault; or, behind an IOMMU, a miss. -1. */
+int chain_no_access(struct virtqueue *vq, uint16_t head, uint64_t addr, uint64_t len, uint32_t kind)
+	__attribute__((cold));
 
 /*
  * A chain while it is walked. It lives in registers, and so nothing that is not inlined may have its
@@ -113,7 +121,7 @@ static inline struct chain_walk chain_resume(const struct virtqueue *vq, struct 
 /* Appends a buffer that is not wholly in the region we guessed, that does not fit into c->iov as it is,
  * or that is empty. How many pieces there are now, or -1 with the fault reported. */
 int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
-		     uint64_t addr, uint32_t len);
+		     uint64_t addr, uint32_t len, uint32_t kind);
 
 /* Append one buffer. 0, or -1 with the fault reported. */
 static inline __attribute__((always_inline)) int chain_add(struct virtqueue *vq,
@@ -144,7 +152,7 @@ static inline __attribute__((always_inline)) int chain_add(struct virtqueue *vq,
 		w->at->iov_len = len;
 		w->at++;
 	} else {
-		int n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len);
+		int n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len, kind);
 
 		if (n < 0)
 			return -1;

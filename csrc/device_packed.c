@@ -70,8 +70,9 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 	for (uint32_t i = 0; i < entries; i++) {
 		struct raw_desc d;
 
-		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
-			return vq_fault(vq, VQ_ADDRESS, id, table.addr + (uint64_t)i * sizeof(d), 0);
+		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
+			return chain_no_access(vq, id, table.addr + (uint64_t)i * sizeof(d),
+					       sizeof(d), 0);
 		if (unlikely(chain_add(vq, c, &w, id, d.addr, d.len, d.fourth)))
 			return -1;
 	}

@@ -73,8 +73,9 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 	for (uint32_t seen = 1;; seen++) {
 		struct raw_desc d;
 
-		if (unlikely(!fetch_table_desc(vq->mem, &table, i, &d)))
-			return vq_fault(vq, VQ_ADDRESS, head, table.addr + (uint64_t)i * sizeof(d), 0);
+		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
+			return chain_no_access(vq, head, table.addr + (uint64_t)i * sizeof(d),
+					       sizeof(d), 0);
 		d = ring_desc(d);
 		if (unlikely(d.third & VRING_DESC_F_INDIRECT))
 			return vq_fault(vq, VQ_INDIRECT_NESTED, head, d.third, 0);

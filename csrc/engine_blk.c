@@ -75,7 +75,7 @@ static bool run(struct virtqueue *vq, const struct blk_disk *disk, bool writethr
 		return false;
 	}
 	/* Data that was read fills them, and the status is at their end, whatever was read. */
-	virtqueue_log_chain(vq, vq->mem, c, c->in_len);
+	virtqueue_log_chain(vq, virtqueue_memory(vq), c, c->in_len);
 	/* Cannot fail: the chain is out, and no more was written than it has room for. */
 	virtqueue_fill(vq, c->id, written);
 	return true;
@@ -99,8 +99,13 @@ static bool serve(struct blk_worker *w, struct blk_queue *q)
 	for (i = 0; i < (int)BLK_BATCH; i++)
 		batch[i] = &w->chains[i];
 	n = virtqueue_pop_batch(q->vq, batch, BLK_BATCH);
-	if (!n)
+	if (!n) {
+		if (unlikely(q->vq->report.fault) && !q->missed) {
+			q->missed = true;
+			eventfd_signal(w->engine->notice);
+		}
 		return false;
+	}
 	if (q->armed && n > 0) {
 		virtqueue_disable_notification(q->vq);
 		q->armed = false;
@@ -239,6 +244,8 @@ static void sleep_until_kick(struct blk_worker *w)
 		if (q->kick < 0 && !q->failed)
 			timeout = 1;
 	n = epoll_wait(w->epoll, events, 8, timeout);
+	for (q = w->queues; q; q = q->next)
+		q->missed = false; /* a kick is worth asking again, should nobody have answered */
 	for (i = 0; i < n; i++)
 		if (!events[i].data.ptr && read(w->wake, &one, sizeof(one)) < 0 && errno != EAGAIN)
 			continue; /* `wake` is ours and an eventfd: cannot happen */

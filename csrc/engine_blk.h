@@ -33,6 +33,7 @@ struct blk_queue {
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;
+	bool missed; /* it waits for its IOTLB, and the owner was told */
 	struct blk_queue *next;
 	struct blk_worker *worker; /* NULL: not attached */
 	bool leaving, gone;	   /* under the worker's lock */
@@ -72,8 +73,8 @@ struct blk_engine {
 /* 0 or a negative errno. `repairs`: see sigbus_repairs(). */
 int blk_engine_init(struct blk_engine *e, unsigned nworkers, const char *name, const int *repairs);
 
-/* An eventfd that is signalled when a queue broke, or memory below one did; read by nobody. The queue's
- * owner finds the report then, and tells the driver. */
+/* An eventfd that is signalled when a queue broke, memory below one did, or a queue missed a mapping; read
+ * by nobody. The queue's owner finds the report then, and tells the driver or its side. */
 static inline int blk_engine_notice(const struct blk_engine *e)
 {
 	return e->notice;

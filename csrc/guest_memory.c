@@ -167,7 +167,7 @@ uint8_t *guest_memory_area(struct guest_memory *mem, uint64_t guest_addr, uint64
 	return got == len ? p : NULL;
 }
 
-uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, uint64_t len)
+uint8_t *guest_memory_user_at(struct guest_memory *mem, uint64_t user_addr, uint64_t *len)
 {
 	const struct guest_region *r = search_user(mem, user_addr);
 	uint64_t off;
@@ -175,7 +175,17 @@ uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, ui
 	if (!r)
 		return NULL;
 	off = user_addr - r->user_addr;
-	return len <= r->size - off ? r->host + off : NULL;
+	if (*len > r->size - off)
+		*len = r->size - off;
+	return r->host + off;
+}
+
+uint8_t *guest_memory_user_area(struct guest_memory *mem, uint64_t user_addr, uint64_t len)
+{
+	uint64_t got = len;
+	uint8_t *p = guest_memory_user_at(mem, user_addr, &got);
+
+	return got == len ? p : NULL;
 }
 
 bool guest_memory_user_to_guest(struct guest_memory *mem, uint64_t user_addr, uint64_t *guest_addr)

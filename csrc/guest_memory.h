@@ -81,6 +81,9 @@ static inline uint8_t *guest_memory_at(struct guest_memory *mem, uint64_t guest_
 	return r->host + off;
 }
 
+/* The same for a user address. A search, without a guess. */
+uint8_t *guest_memory_user_at(struct guest_memory *mem, uint64_t user_addr, uint64_t *len);
+
 /* The region that a host pointer points into, or NULL: the way back, for who wrote through one. */
 const struct guest_region *guest_memory_search_host(const struct guest_memory *mem, const void *host);
 

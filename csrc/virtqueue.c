@@ -11,6 +11,7 @@
 
 #include "inflight.h"
 #include "ring_impl.h"
+#include "ring_shadow.h"
 
 #define FORMAT(q, call)                                                                            \
 	((q)->is_packed ? packed_##call : likely(!(q)->swapped) ? split_##call : swapped_##call)
@@ -49,6 +50,7 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_INFLIGHT_BATCH] = "used index is too far from that of the in-flight region",
 	[VQ_INFLIGHT_COUNT] = "in-flight region has more in flight than was made available",
 	[VQ_INFLIGHT_CHAIN] = "in-flight region has descriptors that are no chain of their length",
+	[VQ_MISS] = "IOTLB miss",
 };
 
 const char *virtqueue_fault_text(enum virtqueue_fault fault)
@@ -80,6 +82,7 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 	vq->indirect = cfg->indirect;
 	vq->event_idx = cfg->event_idx;
 	vq->in_order = cfg->in_order;
+	vq->iotlb = cfg->iotlb;
 	if (cfg->inflight && (rc = inflight_alloc(vq, cfg->inflight, cfg->inflight_num)))
 		return rc;
 	rc = FORMAT(vq, init)(vq, cfg);
@@ -87,7 +90,9 @@ int virtqueue_init(struct virtqueue *vq, const struct virtqueue_config *cfg)
 		vq->slots = calloc(vq->num, sizeof(*vq->slots));
 		if (vq->in_order)
 			vq->order = calloc(vq->num, sizeof(*vq->order));
-		if (!vq->slots || (vq->in_order && !vq->order))
+		if (vq->iotlb)
+			vq->shadow = ring_shadow_new(vq->num, vq->is_packed);
+		if (!vq->slots || (vq->in_order && !vq->order) || (vq->iotlb && !vq->shadow))
 			rc = -ENOMEM;
 	}
 	if (rc) {
@@ -102,9 +107,11 @@ void virtqueue_destroy(struct virtqueue *vq)
 {
 	free(vq->slots);
 	free(vq->order);
+	free(vq->shadow);
 	inflight_free(vq);
 	vq->slots = NULL;
 	vq->order = NULL;
+	vq->shadow = NULL;
 }
 
 void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
@@ -114,18 +121,36 @@ void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
 	FORMAT(vq, set_areas)(vq, areas);
 }
 
+void virtqueue_retry(struct virtqueue *vq)
+{
+	if (vq->report.fault == VQ_MISS && virtqueue_is_mapped(vq))
+		vq->report.fault = VQ_OK;
+}
+
+/* What a queue that does not go on gives instead of a chain. */
+static int stopped(const struct virtqueue *vq)
+{
+	return vq->report.fault == VQ_MISS ? 0 : -1;
+}
+
 int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop)(vq, c);
+		return stopped(vq);
+	rc = FORMAT(vq, pop)(vq, c);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
+	int rc;
+
 	if (unlikely(vq->report.fault))
-		return -1;
-	return FORMAT(vq, pop_batch)(vq, c, n);
+		return stopped(vq);
+	rc = FORMAT(vq, pop_batch)(vq, c, n);
+	return likely(rc >= 0) ? rc : stopped(vq);
 }
 
 int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
@@ -153,14 +178,24 @@ int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return FORMAT(vq, fill)(vq, id, written);
 }
 
+/* Behind an IOMMU, the ring is not there: see ring_shadow.h. It always says so in the report. */
+static inline bool is_away(const struct virtqueue *vq)
+{
+	return unlikely(vq->report.fault) && !virtqueue_is_mapped(vq);
+}
+
 void virtqueue_flush(struct virtqueue *vq)
 {
-	FORMAT(vq, flush)(vq);
+	if (is_away(vq))
+		ring_shadow_flush(vq);
+	else
+		FORMAT(vq, flush)(vq);
 }
 
 bool virtqueue_should_notify(struct virtqueue *vq)
 {
-	return FORMAT(vq, should_notify)(vq);
+	/* What was published before is decided on once the driver's wish can be read. */
+	return !is_away(vq) && FORMAT(vq, should_notify)(vq);
 }
 
 void virtqueue_disable_notification(struct virtqueue *vq)
@@ -172,7 +207,8 @@ void virtqueue_disable_notification(struct virtqueue *vq)
 bool virtqueue_enable_notification(struct virtqueue *vq)
 {
 	vq->notify_off = false;
-	return FORMAT(vq, enable_notification)(vq) || inflight_pending(vq);
+	/* For what cannot go on there is nothing to look for again. */
+	return (FORMAT(vq, enable_notification)(vq) || inflight_pending(vq)) && !vq->report.fault;
 }
 
 bool virtqueue_has_work(struct virtqueue *vq)

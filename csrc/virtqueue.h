@@ -47,6 +47,10 @@ enum virtqueue_fault {
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
 	VQ_REQUEST_STATUS,     /* fewer device-writable bytes than the answer needs at least */
+	/* No fault: the IOTLB lacks a mapping for the next chain, or for the ring itself. The queue looks
+	 * empty, and nothing changed, until virtqueue_retry or virtqueue_map. `value` is the IOVA, `limit` the
+	 * access that is lacking (IOTLB_READ, IOTLB_WRITE). */
+	VQ_MISS,
 	/* What the region of in-flight tracking says cannot be (inflight.h). */
 	VQ_INFLIGHT_VERSION,
 	VQ_INFLIGHT_SIZE,      /* for fewer entries than the ring has, or than was said */
@@ -69,6 +73,9 @@ struct virtqueue_fault_report {
 	uint64_t limit; /* ... and what it had to stay below (0: not a matter of size) */
 };
 
+struct iotlb;
+struct ring_shadow;
+
 /* Where the three areas are. Packed: avail is the driver's, used the device's event area. */
 struct virtqueue_areas {
 	void *desc, *avail, *used;
@@ -79,6 +86,7 @@ struct virtqueue_areas {
 struct virtqueue_config {
 	struct virtqueue_areas areas; /* host pointers, translated and checked for alignment and overlap by the caller */
 	struct guest_memory *mem;
+	struct iotlb *iotlb; /* addresses are IOVAs; `mem` is its view then. NULL: they are guest addresses */
 	uint32_t num;
 	uint32_t base; /* of SET_VRING_BASE; packed: both indices and wraps, 0x80008000 when new */
 	bool packed, indirect, event_idx, in_order;
@@ -134,6 +142,8 @@ struct virtqueue {
 	uint32_t order_head, order_count;
 	struct inflight *inflight; /* NULL: nobody tracks */
 	struct virtqueue_fault_report report;
+	struct iotlb *iotlb;	    /* NULL: there is no IOMMU */
+	struct ring_shadow *shadow; /* there is one with an IOTLB */
 	struct virtqueue_log *log; /* NULL: nothing is logged; see virtqueue_log.h */
 };
 
@@ -149,6 +159,18 @@ void virtqueue_destroy(struct virtqueue *vq);
 /* Swap guest memory and the areas' host pointers, nothing else. Chains that are out stay out. */
 void virtqueue_set_memory(struct virtqueue *vq, struct guest_memory *mem,
 			  const struct virtqueue_areas *areas);
+
+/*
+ * Behind an IOMMU. The ring's own areas are no longer mapped: they are not touched from here on. What is
+ * given back meanwhile is kept, and published when they are mapped again, perhaps elsewhere. `iova` and
+ * `access` are for the report, VQ_MISS.
+ */
+void virtqueue_unmap(struct virtqueue *vq, uint64_t iova, uint32_t access);
+void virtqueue_map(struct virtqueue *vq, const struct virtqueue_areas *areas);
+bool virtqueue_is_mapped(const struct virtqueue *vq);
+
+/* The IOTLB changed: what was missed before is tried again with the next pop. */
+void virtqueue_retry(struct virtqueue *vq);
 
 /* 1: *c is the next chain; 0: nothing available; -1: broken, see vq->report. */
 int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c);

@@ -14,7 +14,7 @@ static void beyond(struct virtqueue *vq, uint16_t head, uint64_t guest_addr)
 
 static int find_guest(const struct virtqueue *vq, const void *host, uint64_t *guest_addr)
 {
-	const struct guest_region *r = guest_memory_search_host(vq->mem, host);
+	const struct guest_region *r = guest_memory_search_host(virtqueue_memory(vq), host);
 
 	if (!r)
 		return -EFAULT;
@@ -26,6 +26,8 @@ static int place_ring(const struct virtqueue *vq, struct virtqueue_log *log)
 {
 	const void *used = vq->is_packed ? (const void *)vq->packed.device : vq->split.used;
 
+	if (!virtqueue_is_mapped(vq))
+		return 0; /* nothing is written there, and virtqueue_map comes here again */
 	if (!log->used_given && find_guest(vq, used, &log->used))
 		return -EFAULT;
 	if (!dirty_log_covers(&log->map, log->used, vring_device_size(vq->num, vq->is_packed)))
@@ -68,7 +70,7 @@ void virtqueue_mark_chain(struct virtqueue *vq, const struct guest_memory *mem,
 
 		/* What was popped from memory that is no longer the guest's need not be migrated. */
 		if (!dirty_log_mark_host(&vq->log->map, mem, iov[i].iov_base, n, &guest_addr) &&
-		    mem == vq->mem)
+		    mem == virtqueue_memory(vq))
 			beyond(vq, c->id, guest_addr);
 		vq->log->changed = true;
 		len -= n;

@@ -11,6 +11,7 @@
 #define VHOST_VIRTQUEUE_LOG_H
 
 #include "dirty_log.h"
+#include "iotlb.h"
 #include "virtqueue.h"
 
 struct virtqueue_log {
@@ -30,6 +31,12 @@ struct virtqueue_log {
  * is marked here; chains that are out are marked when they are given back.
  */
 int virtqueue_set_log(struct virtqueue *vq, struct virtqueue_log *log);
+
+/* Memory by its guest addresses, which an IOMMU's are not. */
+static inline struct guest_memory *virtqueue_memory(const struct virtqueue *vq)
+{
+	return vq->iotlb ? vq->iotlb->memory : vq->mem;
+}
 
 void virtqueue_mark_chain(struct virtqueue *vq, const struct guest_memory *mem,
 			  const struct vhost_chain *c, uint32_t len) __attribute__((cold));

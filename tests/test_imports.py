@@ -17,22 +17,32 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 
 # What a module may import of this package, by longest matching prefix. A prefix names itself and all
 # below it; "vhost.devices*" would be the same as "vhost.devices".
-LOWEST = ("vhost.errors", "vhost.features")
+LOWEST = ("vhost.errors", "vhost.features", "vhost.iotlb")
 RINGS = (
     *LOWEST,
     "vhost._core",
     "vhost.dirty_log",
     "vhost.inflight",
+    "vhost.shmem",
     "vhost._ring",
+    "vhost._iotlb",
     "vhost.memory",
     "vhost.virtqueue",
     "vhost.chain",
     "vhost.device_queue",
     "vhost.driver_queue",
 )
-PROTOCOL = (*LOWEST, "vhost.user.payloads", "vhost.user.spec", "vhost.user.messages", "vhost.user.session")
+PROTOCOL = (
+    *LOWEST,
+    "vhost.user.payloads",
+    "vhost.user.gpu_payloads",
+    "vhost.user.spec",
+    "vhost.user.gpu_messages",
+    "vhost.user.messages",
+    "vhost.user.session",
+)
 # What serves a device, whatever brings the requests.
-SERVING = ("vhost.devices.base", "vhost.devices.rings", "vhost.devices.session")
+SERVING = ("vhost.devices.base", "vhost.devices.requests", "vhost.devices.rings", "vhost.devices.session")
 ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
 # What a device and its driver both put on the wire: data, below either.
 WIRE = ("vhost.virtio_blk", "vhost.virtio_net", "vhost.virtio_vsock")
@@ -40,20 +50,25 @@ ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
     "vhost.features": (),
+    "vhost.iotlb": (),
+    "vhost._iotlb": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost._core": (),
     "vhost._ring": RINGS,
     "vhost.memory": (*LOWEST, "vhost._core"),
     "vhost.dirty_log": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.inflight": (*LOWEST, "vhost._core", "vhost.memory"),
+    "vhost.shmem": (*LOWEST, "vhost._core"),
     "vhost.chain": RINGS,
     "vhost.device_queue": RINGS,
     "vhost.driver_queue": RINGS,
     "vhost.virtqueue": RINGS,
     "vhost.ops": (*RINGS, "vhost.user.payloads"),
     "vhost.user.payloads": LOWEST,
+    "vhost.user.gpu_payloads": PROTOCOL[:3],
     "vhost.user.spec": PROTOCOL[:3],
-    "vhost.user.messages": PROTOCOL[:4],
-    "vhost.user.session": PROTOCOL[:5],
+    "vhost.user.gpu_messages": PROTOCOL[:5],
+    "vhost.user.messages": PROTOCOL[:6],
+    "vhost.user.session": PROTOCOL[:7],
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
     "vhost.virtio_blk": LOWEST,
@@ -66,13 +81,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.kernel": (*RINGS, "vhost.ops", "vhost.kernel"),
     "vhost.aio": (*ROLES, "vhost.user"),
     "vhost.probe": (*ROLES, *WIRE, "vhost.user"),
+    # Seeing what passes: sans-IO, but for what sits between the two sides.
+    "vhost.trace": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.descriptors": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.relay": (*PROTOCOL, "vhost.trace"),
+    "vhost.trace.output": (),
+    "vhost.trace.proxy": (*PROTOCOL, "vhost.trace", "vhost.user.listener"),
+    "vhost.check": (*ROLES, *WIRE, "vhost.check"),
     "vhost.cli": ANYTHING,
     "vhost.demo": ANYTHING,
     "vhost.__main__": ANYTHING,
     "vhost.__init__": ANYTHING,
 }
 # The protocol is sans-IO, and the two lowest files are data.
-PURE = ("vhost.errors", "vhost.features", *PROTOCOL)
+PURE = ("vhost.errors", "vhost.features", *PROTOCOL, "vhost.trace")
 NOT_PURE = frozenset(
     {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "mmap", "ctypes"}
 )

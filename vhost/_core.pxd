@@ -38,9 +38,35 @@ cdef extern from "guest_memory.h" nogil:
     uint8_t *guest_memory_at(guest_memory *, uint64_t, uint64_t *)
     uint8_t *guest_memory_area(guest_memory *, uint64_t, uint64_t)
     uint8_t *guest_memory_user_area(guest_memory *, uint64_t, uint64_t)
+    uint8_t *guest_memory_user_at(guest_memory *, uint64_t, uint64_t *)
     bint guest_memory_user_to_guest(guest_memory *, uint64_t, uint64_t *)
     uint64_t guest_memory_read(guest_memory *, uint64_t, void *, uint64_t)
     uint64_t guest_memory_write(guest_memory *, uint64_t, const void *, uint64_t)
+
+
+cdef extern from "iotlb.h" nogil:
+    enum:
+        IOTLB_MAX_ENTRIES
+        IOTLB_READ
+        IOTLB_WRITE
+        IOTLB_ACCESS_MASK
+
+    struct iotlb:
+        guest_memory view
+        uint32_t nentries
+
+    struct iotlb_miss:
+        uint64_t iova
+        uint32_t access
+
+    int iotlb_init(iotlb *, guest_memory *)
+    void iotlb_destroy(iotlb *)
+    int iotlb_update(iotlb *, uint64_t, uint64_t, uint64_t, uint32_t)
+    void iotlb_invalidate(iotlb *, uint64_t, uint64_t)
+    void iotlb_clear(iotlb *)
+    void iotlb_set_memory(iotlb *, guest_memory *)
+    iotlb_miss iotlb_missing(iotlb *, uint64_t, uint64_t, uint32_t)
+    uint8_t *iotlb_area(iotlb *, uint64_t, uint64_t, uint32_t)
 
 
 cdef extern from "eventfd.h" nogil:
@@ -112,6 +138,7 @@ cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
         VQ_ADDRESS
+        VQ_MISS
 
     const char *virtqueue_fault_text(virtqueue_fault)
 
@@ -129,6 +156,7 @@ cdef extern from "virtqueue.h" nogil:
     struct virtqueue_config:
         virtqueue_areas areas
         guest_memory *mem
+        iotlb *iotlb
         uint32_t num
         uint32_t base
         bint packed
@@ -157,6 +185,10 @@ cdef extern from "virtqueue.h" nogil:
     int virtqueue_init(virtqueue *, const virtqueue_config *)
     void virtqueue_destroy(virtqueue *)
     void virtqueue_set_memory(virtqueue *, guest_memory *, const virtqueue_areas *)
+    void virtqueue_unmap(virtqueue *, uint64_t, uint32_t)
+    void virtqueue_map(virtqueue *, const virtqueue_areas *)
+    bint virtqueue_is_mapped(const virtqueue *)
+    void virtqueue_retry(virtqueue *)
     int virtqueue_pop(virtqueue *, vhost_chain *)
     int virtqueue_pop_batch(virtqueue *, vhost_chain **, unsigned int)
     int virtqueue_unpop(virtqueue *, const vhost_chain *)

@@ -9,6 +9,8 @@ import os
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from vhost._core cimport (
+    IOTLB_READ,
+    IOTLB_WRITE,
     VRING_DESC_ALIGN,
     VRING_PACKED_EVENT_ALIGN,
     VRING_PACKED_NUM_MAX,
@@ -19,6 +21,9 @@ from vhost._core cimport (
     eventfd_signal,
     guest_memory_area,
     guest_memory_user_area,
+    iotlb_area,
+    iotlb_miss,
+    iotlb_missing,
     virtqueue_areas,
     virtqueue_call,
     virtqueue_fault_report,
@@ -27,6 +32,7 @@ from vhost._core cimport (
     vring_device_size,
     vring_driver_size,
 )
+from vhost._iotlb cimport Iotlb
 from vhost.memory cimport GuestMemory
 
 from vhost.errors import InvalidQueue
@@ -44,43 +50,58 @@ cdef int check_num(str name, int64_t num, bint packed) except -1:
     return 0
 
 
+cdef void ring_sizes(uint32_t num, bint packed, uint64_t *sizes) noexcept:
+    sizes[0] = vring_desc_size(num)
+    sizes[1] = vring_driver_size(num, packed)
+    sizes[2] = vring_device_size(num, packed)
+
+
+cdef void ring_access(bint packed, uint32_t *access) noexcept:
+    # What a device does with each area. A split used ring is read once, for the index to go on from.
+    access[0] = IOTLB_READ | IOTLB_WRITE if packed else IOTLB_READ
+    access[1] = IOTLB_READ
+    access[2] = IOTLB_READ | IOTLB_WRITE
+
+
 cdef int find_areas(
-    str name, GuestMemory memory, uint32_t num, bint packed, const uint64_t *addrs,
+    str name, GuestMemory memory, Iotlb iotlb, uint32_t num, bint packed, const uint64_t *addrs,
     bint user_addresses, virtqueue_areas *areas,
 ) except -1:
     cdef uint64_t[3] sizes
     cdef uint64_t[3] aligns
+    cdef uint32_t[3] access
     cdef (uint8_t *)[3] hosts
     cdef Py_ssize_t i, j
-    cdef str kind = "user" if user_addresses else "guest"
+    cdef str kind = "IOVA" if iotlb is not None else "user address" if user_addresses else "guest address"
     cdef tuple what = (
         ("descriptor ring", "driver event area", "device event area")
         if packed
         else ("descriptor table", "avail ring", "used ring")
     )
 
-    sizes[0] = vring_desc_size(num)
-    sizes[1] = vring_driver_size(num, packed)
-    sizes[2] = vring_device_size(num, packed)
+    ring_sizes(num, packed, sizes)
+    ring_access(packed, access)
     aligns[0] = VRING_DESC_ALIGN
     aligns[1] = VRING_PACKED_EVENT_ALIGN if packed else VRING_SPLIT_AVAIL_ALIGN
     aligns[2] = VRING_PACKED_EVENT_ALIGN if packed else VRING_SPLIT_USED_ALIGN
     for i in range(3):
         if addrs[i] % aligns[i]:
             raise InvalidQueue(f"{name}: {what[i]} at {addrs[i]:#x}: no multiple of {aligns[i]}")
-        if user_addresses:
+        if iotlb is not None:
+            hosts[i] = iotlb_area(&iotlb.c, addrs[i], sizes[i], access[i])
+        elif user_addresses:
             hosts[i] = guest_memory_user_area(memory.c, addrs[i], sizes[i])
         else:
             hosts[i] = guest_memory_area(memory.c, addrs[i], sizes[i])
         if hosts[i] == NULL:
             raise InvalidQueue(
-                f"{name}: {what[i]} at {kind} address {addrs[i]:#x}, size {sizes[i]:#x}:"
+                f"{name}: {what[i]} at {kind} {addrs[i]:#x}, size {sizes[i]:#x}:"
                 f" not wholly within one of {len(memory.regions)} memory regions"
             )
         # A region may be mapped from any offset of its file.
         if <uint64_t>hosts[i] % aligns[i]:
             raise InvalidQueue(
-                f"{name}: {what[i]} at {kind} address {addrs[i]:#x}: its region's mmap offset"
+                f"{name}: {what[i]} at {kind} {addrs[i]:#x}: its region's mmap offset"
                 f" is no multiple of {aligns[i]}"
             )
         # They lie in memory, so no sum wraps.
@@ -96,6 +117,30 @@ cdef int find_areas(
     return 0
 
 
+cdef list missing_areas(Iotlb iotlb, uint32_t num, bint packed, const uint64_t *addrs):
+    cdef uint64_t[3] sizes
+    cdef uint32_t[3] access
+    cdef iotlb_miss miss
+    cdef list found = []
+
+    ring_sizes(num, packed, sizes)
+    ring_access(packed, access)
+    for i in range(3):
+        miss = iotlb_missing(&iotlb.c, addrs[i], sizes[i], access[i])
+        if miss.access:
+            found.append((miss.iova, miss.access))
+    return found
+
+
+def ring_misses(Iotlb iotlb not None, int64_t num, bint packed, desc, avail, used):
+    cdef uint64_t[3] addrs
+    addrs[0] = desc
+    addrs[1] = avail
+    addrs[2] = used
+    check_num("ring", num, packed)
+    return missing_areas(iotlb, num, packed, addrs)
+
+
 def ring_areas(str name not None, GuestMemory memory not None, int64_t num, bint packed, desc, avail, used):
     cdef virtqueue_areas areas
     cdef uint64_t[3] addrs
@@ -103,7 +148,7 @@ def ring_areas(str name not None, GuestMemory memory not None, int64_t num, bint
     addrs[0] = desc
     addrs[1] = avail
     addrs[2] = used
-    find_areas(name, memory, num, packed, addrs, False, &areas)
+    find_areas(name, memory, None, num, packed, addrs, False, &areas)
     return <uint64_t>areas.desc, <uint64_t>areas.avail, <uint64_t>areas.used
 
 

@@ -2,7 +2,8 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhost._core cimport virtqueue, virtqueue_call, virtqueue_log, vring_used
+from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, virtqueue_log, vring_used
+from vhost._iotlb cimport Iotlb
 from vhost.chain cimport Chain
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
@@ -15,6 +16,7 @@ cdef class DeviceQueue:
 
     cdef readonly GuestMemory memory
     cdef readonly InflightRegion inflight
+    cdef readonly Iotlb iotlb  # None: without an IOMMU
     cdef readonly str name
     cdef readonly uint32_t index
     cdef readonly bint closed
@@ -23,6 +25,7 @@ cdef class DeviceQueue:
     cdef public int err
     cdef uint32_t most  # chains that one drain serves
     cdef uint64_t[3] addrs
+    cdef virtqueue_areas areas  # where they were found last
     cdef bint user_addresses
     cdef bint ready
     cdef uint64_t serial

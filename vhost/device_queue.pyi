@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from typing import final
 
+from vhost._iotlb import Iotlb
 from vhost.chain import Chain
 from vhost.dirty_log import DirtyLog
 from vhost.inflight import InflightRegion
@@ -44,6 +45,7 @@ class DeviceQueue:
         big_endian: bool = False,
         base: int | None = None,
         user_addresses: bool = False,
+        iotlb: Iotlb | None = None,
         kick: int = -1,
         call: int = -1,
         call_vq: int | None = None,
@@ -60,6 +62,7 @@ class DeviceQueue:
         ``kick``, ``call`` and ``err`` are eventfds that stay the caller's (-1: none). With ``call_vq``,
         ``call`` is a VDUSE device (/dev/vduse/NAME), and the driver is told by an interrupt of this queue
         of it.
+        ``iotlb``: all addresses are IOVAs. The ring has to be mapped; what its chains need need not be.
         ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
         ``inflight``: note in its part ``index`` what is in flight. If a predecessor did, ``base`` means
         nothing: the queue goes on where that one was, and what it left is popped first, in its order.
@@ -174,8 +177,20 @@ class DeviceQueue:
     def set_memory(self, memory: GuestMemory) -> None:
         """Go on with another memory table; chains that are out keep the one that they came from.
 
-        The ring must still be in memory (InvalidQueue, and nothing changes).
+        The ring must still be in memory (InvalidQueue, and nothing changes), but for one with an IOTLB, which
+        has to have the memory before: see ``translate``.
         """
 
+    def translate(self) -> list[tuple[int, int]]:
+        """With an IOTLB that changed: find the ring anew, and try again what was missed. Returns what the ring
+        itself lacks, IOVAs and access; while that is something the queue looks empty, touches nothing of the
+        ring, and keeps what is pushed for later. Nothing else may use the queue meanwhile."""
+
+    @property
+    def miss(self) -> tuple[int, int] | None:
+        """The IOVA, and the access that lacks, for which the next chain waits."""
+
+    @property
+    def iotlb(self) -> Iotlb | None: ...
     def close(self) -> None:
         """Process nothing more: chains that come back later are refused, never published."""

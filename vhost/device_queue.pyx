@@ -10,9 +10,11 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EBADMSG, ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from vhost._core cimport *
-from vhost._ring cimport check_num, fault_reason, find_areas, signal, tell
+from vhost._iotlb cimport Iotlb
+from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
 from vhost.chain cimport Chain, chain_start
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
@@ -57,6 +59,7 @@ cdef class DeviceQueue:
         bint big_endian=False,
         base=None,
         bint user_addresses=False,
+        Iotlb iotlb=None,
         int kick=-1,
         int call=-1,
         call_vq=None,
@@ -69,7 +72,9 @@ cdef class DeviceQueue:
         cdef virtqueue_config cfg
         cdef uint32_t slots = 2
 
+        memset(&cfg, 0, sizeof(cfg))
         self.memory = memory
+        self.iotlb = iotlb
         self.name = name
         self.index = index
         self.kick = kick
@@ -88,8 +93,10 @@ cdef class DeviceQueue:
         check_num(name, num, packed)
         if packed and big_endian:
             raise InvalidQueue(f"{name}: a packed ring is little-endian")  # no legacy driver has one
-        find_areas(name, memory, num, packed, self.addrs, user_addresses, &cfg.areas)
-        cfg.mem = memory.c
+        find_areas(name, memory, iotlb, num, packed, self.addrs, user_addresses, &cfg.areas)
+        self.areas = cfg.areas
+        cfg.mem = memory.c if iotlb is None else &iotlb.c.view
+        cfg.iotlb = NULL if iotlb is None else &iotlb.c
         cfg.num = num
         cfg.packed = packed
         cfg.indirect = indirect
@@ -467,14 +474,48 @@ cdef class DeviceQueue:
     def set_memory(self, GuestMemory memory not None):
         cdef virtqueue_areas areas
         self.must_be_open()
-        find_areas(
-            self.name, memory, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
-        )
-        virtqueue_set_memory(&self.vq, memory.c, &areas)
+        if self.iotlb is not None:
+            self.translate()
+        else:
+            find_areas(
+                self.name, memory, None, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
+            )
+            virtqueue_set_memory(&self.vq, memory.c, &areas)
+            self.areas = areas
         self.memory = memory
         if self.vq.log != NULL:
             self.apply_log()
         self.empty_pool()
+
+    def translate(self):
+        cdef virtqueue_areas areas
+        cdef list missing = missing_areas(self.iotlb, self.vq.num, self.vq.is_packed, self.addrs)
+        if missing:
+            virtqueue_unmap(&self.vq, missing[0][0], missing[0][1])
+            return missing
+        try:
+            find_areas(
+                self.name, self.memory, self.iotlb, self.vq.num, self.vq.is_packed, self.addrs, False, &areas
+            )
+        except InvalidQueue as error:
+            virtqueue_unmap(&self.vq, self.addrs[0], 0)
+            self.mark_broken(str(error))
+            return missing
+        if not virtqueue_is_mapped(&self.vq) or (
+            areas.desc != self.areas.desc or areas.avail != self.areas.avail or areas.used != self.areas.used
+        ):
+            virtqueue_map(&self.vq, &areas)
+            self.areas = areas
+            self.tell_driver()
+        else:
+            virtqueue_retry(&self.vq)
+        return missing
+
+    @property
+    def miss(self):
+        if LOAD_ACQUIRE(self.vq.report.fault) == VQ_MISS and virtqueue_is_mapped(&self.vq):
+            return self.vq.report.value, self.vq.report.limit
+        return None
 
     def close(self):
         self.closed = True
@@ -518,7 +559,7 @@ cdef class DeviceQueue:
                 self.mark_broken("a memory region's file was truncated")
             elif self.inflight is not None and self.inflight.broken:
                 self.mark_broken("the file of the in-flight buffer was truncated")
-            elif self.vq.report.fault:
+            elif self.vq.report.fault and self.vq.report.fault != VQ_MISS:
                 self.reason = fault_reason(&self.vq.report)
                 signal(self.err)
         return 0

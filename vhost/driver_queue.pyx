@@ -71,7 +71,7 @@ cdef class DriverQueue:
         addrs[0] = desc
         addrs[1] = avail
         addrs[2] = used
-        find_areas(name, memory, num, packed, addrs, False, &cfg.areas)
+        find_areas(name, memory, None, num, packed, addrs, False, &cfg.areas)
         cfg.num = num
         cfg.packed = packed
         cfg.event_idx = event_idx

@@ -109,6 +109,14 @@ class ProtocolF(IntFlag):
 
 
 @_plain_complement
+class GpuF(IntFlag):
+    """Protocol features on the socket of GPU_SET_SOCKET (vhost-user-gpu, "Protocol features")."""
+
+    EDID = 1 << 0
+    DMABUF2 = 1 << 1
+
+
+@_plain_complement
 class Status(IntFlag):
     """Device status (VIRTIO 2.1)."""
 

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "check.h"
+#include "iotlb.h"
 #include "virtqueue.h"
 
 #define MAX_NUM 64u
@@ -27,6 +28,7 @@ static const uint64_t region_addr[REGIONS] = { 0x10000, 0x11000, 0x80000 };
 struct options {
 	bool packed, indirect, event_idx, in_order;
 	bool swapped; /* split: the driver has the other byte order */
+	bool iommu;   /* addresses are IOVAs, of which none is mapped at first */
 	uint32_t num;
 	uint16_t start; /* split: index to start at; packed: position, in a lap of wrap counter 1 */
 };
@@ -39,6 +41,7 @@ struct options {
 struct rig {
 	struct options o;
 	struct guest_memory mem;
+	struct iotlb tlb;
 	uint8_t *host[REGIONS];
 	struct virtqueue vq;
 	struct vhost_chain chain;
@@ -60,7 +63,8 @@ static inline struct virtqueue_config rig_config(struct rig *r, uint32_t base)
 {
 	return (struct virtqueue_config){
 		.areas = { r->desc, r->avail, r->used },
-		.mem = &r->mem,
+		.mem = r->o.iommu ? &r->tlb.view : &r->mem,
+		.iotlb = r->o.iommu ? &r->tlb : NULL,
 		.num = r->o.num,
 		.base = base,
 		.packed = r->o.packed,
@@ -86,6 +90,8 @@ static inline void rig_init(struct rig *r, struct options o)
 						    REGION_SIZE, r->host[i] };
 	}
 	CHECK_EQ(guest_memory_init(&r->mem, regions, REGIONS, &bad), 0);
+	if (o.iommu)
+		CHECK_EQ(iotlb_init(&r->tlb, &r->mem), 0);
 	r->desc = calloc(o.num, sizeof(*r->desc));
 	r->pdesc = (void *)r->desc;
 	r->avail = calloc(1, vring_driver_size(o.num, o.packed));
@@ -110,6 +116,7 @@ static inline void rig_destroy(struct rig *r)
 {
 	vhost_chain_destroy(&r->chain);
 	virtqueue_destroy(&r->vq);
+	iotlb_destroy(&r->tlb);
 	guest_memory_destroy(&r->mem);
 	for (unsigned i = 0; i < REGIONS; i++)
 		free(r->host[i]);

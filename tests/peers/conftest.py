@@ -61,7 +61,8 @@ def blkio_bench(build_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def initramfs(build_folder: Path, iocheck: Path) -> Path:
     require("busybox", "cpio", "kernel")
-    return build_initramfs(build_folder / "initramfs.cpio", [iocheck])
+    programs_in_guest = [iocheck, programs.pagecheck(build_folder)]
+    return build_initramfs(build_folder / "initramfs.cpio", programs_in_guest)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,13 @@ def iocheck(folder: Path) -> Path:
     return target
 
 
+def pagecheck(folder: Path) -> Path:
+    """What notices pages that a migration lost; static, for the guest."""
+    target = folder / "pagecheck"
+    _gcc(*STRICT, "-static", "-o", target, GUEST / "pagecheck.c")
+    return target
+
+
 def _blkio_flags() -> list[str]:
     (library,) = (LIBBLKIO / "usr" / "lib").glob("*-linux-gnu")
     include = LIBBLKIO / "usr" / "include"

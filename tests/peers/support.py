@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -106,11 +107,14 @@ class Process:
 
 
 class Serve(Process):
-    """``python -m vhost serve DEVICE --socket-path PATH ...``. Leaving the context checks a clean end."""
+    """``python -m vhost serve DEVICE --socket-path PATH ...``. Leaving the context checks a clean end.
+    ``program``: what runs instead of ``-m vhost``."""
 
-    def __init__(self, device: str, path: Path, *options: str) -> None:
+    def __init__(
+        self, device: str, path: Path, *options: str, program: Sequence[str] = ("-m", "vhost")
+    ) -> None:
         self.path = path
-        command = [sys.executable, "-m", "vhost", "serve", device, "--socket-path", str(path), *options]
+        command = [sys.executable, *program, "serve", device, "--socket-path", str(path), *options]
         super().__init__(command, ready="serving")
 
     def reload(self) -> None:

@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vhost.cli import demo, serve, show
+from vhost.cli import check, demo, serve, show, trace
 from vhost.errors import VhostError
 
-GROUPS = (serve, show, demo)
+GROUPS = (serve, show, trace, check, demo)
 """In the order of the help text."""
 
 

@@ -11,10 +11,12 @@ may be called from any thread.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
+from vhost.devices.requests import Requests
 from vhost.errors import DeviceBusy, UnsupportedRequest, VhostError
 from vhost.features import DeviceId, VirtioF
 
@@ -41,7 +43,23 @@ class Attached(Protocol):
         """Look after rings and memory: something may have broken where the session cannot see it."""
 
 
-class Device:
+class Stepped(Protocol):
+    """Something of a device's that waits, for its session to look after."""
+
+    def fileno(self) -> int:
+        """Readable when ``step()`` has something to do."""
+
+    @property
+    def pending(self) -> bool:
+        """It has something to write: ``step()`` is due when ``fileno()`` is writable, too."""
+
+    def step(self) -> bool:
+        """Do what there is to do, without blocking; False when it is over."""
+
+    def close(self) -> None: ...
+
+
+class Device(Requests):
     """A virtio device. Set ``device_id`` and ``queues``, and write one method for each queue::
 
     class Entropy(Device):
@@ -64,6 +82,9 @@ class Device:
     max_queue_size: int = 1024
     #: Let several sessions run rings at the same time. The driver side must be made for that.
     share: bool = False
+    #: Legacy drivers of the other byte order can be served: ``handle`` looks at ``queue.big_endian``, which
+    #: is then the order of all numbers in requests, and of those in the configuration space.
+    cross_endian: bool = False
     #: An eventfd that threads without the GIL signal when they find a queue or its memory broken; each
     #: session watches it edge-triggered, and does then what ``wake()`` makes it do. -1: none.
     notice: int = -1
@@ -181,6 +202,22 @@ class Device:
         """Announce the guest's address on the network after a migration."""
         raise UnsupportedRequest(f"{type(self).__name__} does not announce ({mac.hex(':')})")
 
+    # ------------------------------------------------------------------ crypto and GPU devices only
+
+    def create_crypto_session(self, op_code: int, setup: bytes) -> int:
+        """Make a session for VIRTIO_CRYPTO_* ``op_code``: its id, not negative and not in use. ``setup`` is
+        QEMU's struct of parameters and keys, 1056 bytes. Raise VhostError to refuse."""
+        raise UnsupportedRequest(f"{type(self).__name__} has no crypto sessions (op_code {op_code:#x})")
+
+    def close_crypto_session(self, session_id: int) -> None:
+        """One that the same front-end made; called for all that are left when it goes."""
+
+    def set_gpu_socket(self, sock: socket.socket) -> Stepped | None:
+        """The socket of the vhost-user-gpu protocol (``vhost.user.gpu.GpuChannel`` speaks it), which is the
+        device's from now on, as it was the session's before. What is returned is stepped by the session
+        and closed with it. Raise VhostError to refuse."""
+        raise UnsupportedRequest(f"{type(self).__name__} shows nothing on a display")
+
     # ------------------------------------------------------------------ telling the sessions
 
     def config_changed(self) -> None:
@@ -220,6 +257,10 @@ class Device:
         """The session's last ring has stopped, or the session is over. Once for each claim."""
         with self._lock:
             self._running.discard(session)
+
+    def _running_sessions(self) -> list[Attached]:
+        with self._lock:
+            return list(self._running)
 
     def is_busy(self, session: Attached) -> bool:
         """Does a session other than this one run rings?"""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from vhost._iotlb import Iotlb
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
 from vhost.inflight import InflightRegion
@@ -49,6 +50,8 @@ class Ring:
         """Where to start, if somebody said so since the ring stopped last (SET_VRING_BASE)."""
         self.left: int | None = None
         """Where it stopped. If neither is known, the ring's used index says where to start."""
+        self.big_endian = False
+        """A legacy driver's, in that byte order (SET_VRING_ENDIAN)."""
         self.enabled = False
         self.kick_known = False
         """A kick was given; -1 then means that the device is to poll."""
@@ -97,9 +100,14 @@ class Ring:
         return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
     def start(
-        self, memory: GuestMemory, features: int, inflight: InflightRegion | None = None
+        self,
+        memory: GuestMemory,
+        features: int,
+        iotlb: Iotlb | None = None,
+        inflight: InflightRegion | None = None,
     ) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what was said of the ring is no ring."""
+        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: what was said of its
+        addresses are IOVAs. ``inflight``: where it notes what it has in flight."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
@@ -113,8 +121,10 @@ class Ring:
             indirect=bool(features & int(VirtioF.RING_INDIRECT_DESC)),
             event_idx=bool(features & int(VirtioF.RING_EVENT_IDX)),
             in_order=bool(features & int(VirtioF.IN_ORDER)),
+            big_endian=self.big_endian and not features & int(VirtioF.VERSION_1 | VirtioF.RING_PACKED),
             base=base,
             user_addresses=self.user_addresses,
+            iotlb=iotlb,
             kick=self.kick,
             call=self.call,
             call_vq=self.call_vq,

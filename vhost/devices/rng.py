@@ -22,6 +22,7 @@ class Rng(Device):
 
     device_id = DeviceId.RNG
     queues = ("requestq",)
+    cross_endian = True  # there is not one number in its requests
 
     def requestq(self, queue: DeviceQueue) -> None:
         for chain in queue:

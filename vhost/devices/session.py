@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
+from vhost._iotlb import Iotlb
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
 from vhost.devices.rings import Areas, Ring
@@ -58,6 +59,9 @@ class DeviceSession(ABC):
         self.device = device
         self.no_memory = GuestMemory()
         self.memory = self.no_memory
+        self.iotlb: Iotlb | None = None
+        """The driver's side speaks in IOVAs, and this is what it has mapped. Changed only while all rings are
+        ``paused``."""
         self.rings = [
             Ring(i, device.queue_name(i), user_addresses=user_addresses) for i in range(device.num_queues)
         ]
@@ -273,6 +277,8 @@ class DeviceSession(ABC):
     def replace_memory(self, memory: GuestMemory) -> None:
         """Rings that run go on with it; InvalidGuestMemory, and nothing changes, if one cannot."""
         with self.paused(*self.rings):
+            if self.iotlb is not None:
+                self.iotlb.set_memory(memory)
             moved: list[DeviceQueue] = []
             for ring in self.rings:
                 if ring.queue is None:
@@ -340,7 +346,7 @@ class DeviceSession(ABC):
                 negotiated &= self.device.negotiated
             self.device.negotiated = negotiated
         try:
-            ring.start(self.memory, self._ring_features(), self._inflight_of(ring))
+            ring.start(self.memory, self._ring_features(), self.iotlb, self._inflight_of(ring))
             self._run(ring)
         except BaseException:
             if ring.started:

@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """Messages of the kernel's IOTLB: read from and written to a vhost device's descriptor.
 
-Knows their fields (struct vhost_msg and vhost_msg_v2), and nothing of who sends them why.
+Knows how they travel (struct vhost_msg and vhost_msg_v2), and nothing of who sends them why; what they say is
+in vhost.iotlb.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum, IntFlag
 from errno import EFAULT, EINVAL, ENOMEM
 from typing import Self
 
+from vhost import iotlb
 from vhost.errors import IoctlError
+from vhost.iotlb import Access, IotlbType
 from vhost.kernel._ioctl import iotlb_read, iotlb_write
 
+__all__ = ["Access", "IotlbMessage", "IotlbType"]
 
-class IotlbType(IntEnum):
-    MISS = 1
-    UPDATE = 2
-    INVALIDATE = 3
-    ACCESS_FAIL = 4
-    BATCH_BEGIN = 5
-    BATCH_END = 6
-
-
-class Access(IntFlag):
-    """What a device may do with a mapping."""
-
-    RO = 1
-    WO = 2
-    RW = 3
-
-
-NO_ACCESS = Access(0)
 _HINTS = {
     # The kernel says this whatever the reason is.
     EFAULT: "something is mapped there already; or the user address is none of this process; or it is out"
@@ -43,16 +27,10 @@ _HINTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class IotlbMessage:
-    """``user_addr`` is an address in this process; ``asid`` the address space, where there are several."""
+class IotlbMessage(iotlb.IotlbMessage):
+    """``user_addr`` is an address in this process."""
 
-    type: IotlbType
-    iova: int = 0
-    size: int = 0
-    user_addr: int = 0
-    access: Access = NO_ACCESS
-    asid: int = 0
+    __slots__ = ()
 
     def write(self, fd: int, *, v2: bool, name: str) -> None:
         """IoctlError if the kernel refuses it."""

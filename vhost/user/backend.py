@@ -14,8 +14,13 @@ import socket
 from vhost.devices.base import Device
 from vhost.errors import ProtocolError, VhostError
 from vhost.user.channel import BackendChannel
+from vhost.user.crypto import CryptoHandlers
+from vhost.user.gpu_socket import GpuSocketHandlers
+from vhost.user.inband import InbandHandlers
 from vhost.user.inflight import InflightHandlers
+from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
+from vhost.user.objects import ObjectHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
 from vhost.user.state import StateHandlers
@@ -26,7 +31,16 @@ MESSAGES_PER_STEP = 16
 """So that a front-end that talks without end does not keep the rings waiting, nor the reverse."""
 
 
-class Backend(InflightHandlers, LogHandlers, StateHandlers):
+class Backend(
+    LogHandlers,
+    StateHandlers,
+    InbandHandlers,
+    InflightHandlers,
+    ObjectHandlers,
+    GpuSocketHandlers,
+    CryptoHandlers,
+    LegacyHandlers,
+):
     """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
     of ProtocolF) that it does not offer."""
 

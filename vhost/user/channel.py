@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from vhost.errors import ProtocolError
 from vhost.features import ProtocolF
-from vhost.user.messages import BackendMsg
+from vhost.user.messages import BackendMsg, GpuMsg
 from vhost.user.payloads import EMPTY, Payload
 from vhost.user.session import Message
 from vhost.user.transport import Transport
@@ -45,7 +45,7 @@ class BackendChannel:
 
     def request(
         self,
-        number: BackendMsg,
+        number: BackendMsg | GpuMsg,
         payload: Payload = EMPTY,
         fds: Sequence[int] = (),
         *,
@@ -69,8 +69,9 @@ class BackendChannel:
         if then is not None and not outgoing.expects_reply:
             then(None)
 
-    def step(self) -> None:
-        """Read the answers that are there, and send what is pending."""
+    def step(self) -> bool:
+        """Read the answers that are there, and send what is pending. False once it is over, see
+        ``error``."""
         try:
             self.transport.flush()
             for _ in range(REPLIES_PER_STEP):
@@ -83,6 +84,7 @@ class BackendChannel:
                         then(message)
         except ProtocolError as error:
             self.error = error
+        return self.error is None
 
     def close(self) -> None:
         """Those who wait for an answer are told that there will be none."""

@@ -7,17 +7,20 @@ for what the back-end says by itself, on the channel that SET_BACKEND_REQ_FD gav
 
 from __future__ import annotations
 
-from vhost.errors import InactiveFeature, InvalidGuestMemory, InvalidMessage
+from vhost.errors import InactiveFeature, InvalidGuestMemory, InvalidMessage, RequestFailed
 from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
+from vhost.user.frontend_inband import FrontendInband
 from vhost.user.frontend_inflight import FrontendInflight
 from vhost.user.frontend_log import FrontendLog
+from vhost.user.frontend_objects import FrontendObjects
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
     U64,
     Config,
+    CryptoSession,
     MemoryRegion,
     MemTable,
     SingleRegion,
@@ -37,7 +40,13 @@ _TRANSPORT = _PROTOCOL_FEATURES | int(VhostF.LOG_ALL)
 _MQ = int(ProtocolF.MQ)
 
 
-class Frontend(FrontendInflight, FrontendLog, FrontendState):
+class Frontend(
+    FrontendLog,
+    FrontendState,
+    FrontendInband,
+    FrontendInflight,
+    FrontendObjects,
+):
     """A session with a back-end, negotiated as far as the transport goes.
 
     ``protocol_features`` is what both sides have; ``offered_features`` what GET_FEATURES said.
@@ -85,17 +94,40 @@ class Frontend(FrontendInflight, FrontendLog, FrontendState):
         if self._has(ProtocolF.STATUS):
             self._send(F.SET_STATUS, U64(status))
         self._status = status
+        if not status:
+            self._device_was_reset()
 
     def reset_device(self) -> None:
         self._send(F.RESET_DEVICE)
+        self._device_was_reset()
 
     def net_set_mtu(self, mtu: int) -> None:
-        """Tell a network back-end the MTU; needs protocol feature MTU."""
+        """Tell a network back-end the MTU, 68 to 65535; needs protocol feature MTU."""
+        if not 68 <= mtu <= 65535:
+            raise ValueError(f"mtu {mtu}, must be 68 to 65535")
         self._send(F.NET_SET_MTU, U64(mtu))
 
     def send_rarp(self, mac: bytes) -> None:
         """Have a network back-end announce this MAC address; needs protocol feature RARP."""
+        if len(mac) != 6:
+            raise ValueError(f"{len(mac)} bytes of a MAC address, must be 6")
         self._send(F.SEND_RARP, U64(int.from_bytes(mac, "little")))
+
+    def create_crypto_session(self, op_code: int, setup: bytes) -> int:
+        """The id of a new session of a crypto device; ``setup`` is QEMU's struct of parameters and keys, at
+        most 1056 bytes. RequestFailed if the back-end makes none."""
+        reply = self._get(F.CREATE_CRYPTO_SESSION, CryptoSession(op_code, setup))
+        if reply.session_id < 0:
+            text = f"the back-end made no session: {reply.session_id}"
+            raise RequestFailed(text, request="CREATE_CRYPTO_SESSION", status=reply.session_id)
+        return int(reply.session_id)
+
+    def close_crypto_session(self, session_id: int) -> None:
+        self._send(F.CLOSE_CRYPTO_SESSION, U64(session_id))
+
+    def gpu_set_socket(self, fd: int) -> None:
+        """Give a GPU's back-end its socket; ``vhost.user.gpu.GpuDisplay`` serves the other end."""
+        self._send(F.GPU_SET_SOCKET, fds=[fd])
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -136,6 +168,7 @@ class Frontend(FrontendInflight, FrontendLog, FrontendState):
 
     def set_vring_num(self, index: int, num: int) -> None:
         self._send(F.SET_VRING_NUM, VringState(index, num))
+        self._rings.add(index)
 
     def set_vring_addr(
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
@@ -152,19 +185,27 @@ class Frontend(FrontendInflight, FrontendLog, FrontendState):
         if reply.index != index:
             text = f"answer for ring {reply.index}, asked for {index}"
             raise InvalidMessage(text, request="GET_VRING_BASE")
+        self._forget_event("kick", index)
+        self._drop_host_notifier(index)
         return int(reply.num)
 
+    def set_vring_endian(self, index: int, *, big: bool) -> None:
+        """The byte order of a legacy driver's ring; needs protocol feature CROSS_ENDIAN."""
+        self._send(F.SET_VRING_ENDIAN, VringState(index, int(big)))
+
     def set_vring_kick(self, index: int, fd: int | None) -> None:
-        self._set_event(F.SET_VRING_KICK, index, fd)
+        self._set_event("kick", F.SET_VRING_KICK, index, fd)
 
     def set_vring_call(self, index: int, fd: int | None) -> None:
-        self._set_event(F.SET_VRING_CALL, index, fd)
+        self._set_event("call", F.SET_VRING_CALL, index, fd)
 
     def set_vring_err(self, index: int, fd: int | None) -> None:
-        self._set_event(F.SET_VRING_ERR, index, fd)
+        self._set_event("err", F.SET_VRING_ERR, index, fd)
 
-    def _set_event(self, number: F, index: int, fd: int | None) -> None:
-        self._send(number, VringFd(index, nofd=fd is None), () if fd is None else (fd,))
+    def _set_event(self, kind: str, number: F, index: int, fd: int | None) -> None:
+        if fd is None or not self._set_event_in_band(kind, index, fd):
+            self._forget_event(kind, index)
+            self._send(number, VringFd(index, nofd=fd is None), () if fd is None else (fd,))
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
         """Nothing to send to a back-end that enabled all rings with SET_FEATURES."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from vhost.errors import Disconnected, PartialMessage, ProtocolError, ReplyTimeout, VhostError
+from vhost.errors import Disconnected, InvalidMessage, PartialMessage, ProtocolError, ReplyTimeout, VhostError
 from vhost.features import ProtocolF, VhostF
 from vhost.ops import VhostOps
 from vhost.user.messages import FrontendMsg as F
@@ -40,6 +40,12 @@ WANTED = (
     | ProtocolF.LOG_SHMFD
     | ProtocolF.INFLIGHT_SHMFD
     | ProtocolF.DEVICE_STATE
+    | ProtocolF.CROSS_ENDIAN
+    | ProtocolF.CRYPTO_SESSION
+    | ProtocolF.BACKEND_SEND_FD
+    | ProtocolF.HOST_NOTIFIER
+    | ProtocolF.SHARED_OBJECT
+    | ProtocolF.SHMEM_MAP
 )
 RETRY_PAUSE = 0.05
 MESSAGES_PER_LOOK = 16
@@ -47,6 +53,8 @@ MESSAGES_PER_LOOK = 16
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
+_INBAND = int(ProtocolF.INBAND_NOTIFICATIONS)
+_INBAND_COMPANIONS = int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK)
 
 
 class FrontendBase(VhostOps):
@@ -66,6 +74,7 @@ class FrontendBase(VhostOps):
         self.protocol_features = 0
         self.offered_protocol_features = 0
         self._channel_open = False
+        self._rings: set[int] = set()
         self._news: dict[str, Callable[[], None]] = {}
         try:
             self._negotiate(protocol_features)
@@ -134,6 +143,8 @@ class FrontendBase(VhostOps):
         if self.offered_features & _PROTOCOL_FEATURES:
             self.offered_protocol_features = self._get(F.GET_PROTOCOL_FEATURES).value
             chosen = self.offered_protocol_features & wanted
+            if chosen & _INBAND_COMPANIONS != _INBAND_COMPANIONS:
+                chosen &= ~_INBAND  # an error without them ("In-band notifications")
             self._send(F.SET_PROTOCOL_FEATURES, U64(chosen))
             self.protocol_features = self.session.protocol_features = chosen
         self._send(F.SET_OWNER)
@@ -237,6 +248,14 @@ class FrontendBase(VhostOps):
             log.info("back-end channel ends: %s", str(fatal))
             self._channel_open = False
             self.transport.serve_meanwhile(self.channel.fileno(), None)
+
+    def _known_ring(self, index: int, what: str) -> None:
+        """InvalidMessage if the ring is none that was set up."""
+        if index not in self._rings:
+            raise InvalidMessage(f"ring {index} was not set up", request=what)
+
+    def _device_was_reset(self) -> None:
+        """What the back-end told of its device is no longer so."""
 
     def _serve_config_change_msg(self, message: Message) -> None:
         self._tell("config", self._tell_config_change)

@@ -24,12 +24,22 @@ from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
 from vhost.memory import MAX_REGIONS, GuestMemory, Region
 from vhost.user.channel import BackendChannel
 from vhost.user.messages import FRONTEND, BackendMsg, FrontendMsg
-from vhost.user.payloads import U64, Config, MemoryRegion, MemTable, SingleRegion, VringFd, VringState
+from vhost.user.payloads import (
+    U64,
+    Config,
+    MemoryRegion,
+    MemTable,
+    SingleRegion,
+    VringFd,
+    VringState,
+    XenMemoryRegion,
+)
 from vhost.user.session import Channel, Message, Role, Session
 from vhost.user.transport import Transport
 
 NET_ONLY = {FrontendMsg.NET_SET_MTU: ProtocolF.MTU, FrontendMsg.SEND_RARP: ProtocolF.RARP}
 CONFIG_LIVE_MIGRATION = 1
+MTU_MIN, MTU_MAX = 68, 65535  # VIRTIO 5.1.4.1
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
@@ -181,8 +191,11 @@ class Handlers(DeviceSession):
         self.reset(message.name)
 
     def net_set_mtu(self, message: Message) -> None:
+        mtu = message.payload.value
+        if not MTU_MIN <= mtu <= MTU_MAX:
+            raise InvalidMessage(f"mtu {mtu}, must be {MTU_MIN} to {MTU_MAX}", request=message.name)
         self.must_be_ours(message.name)
-        self.device.set_mtu(message.payload.value)
+        self.device.set_mtu(mtu)
 
     def send_rarp(self, message: Message) -> None:
         self.must_be_ours(message.name)
@@ -263,7 +276,18 @@ class Handlers(DeviceSession):
         self.enable_ring(ring, bool(message.payload.num))
 
 
-def _map(region: MemoryRegion, fd: int) -> Region:
+XEN_FOREIGN, XEN_GRANT = 1, 2
+
+
+def _map(region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
+    if isinstance(region, XenMemoryRegion) and region.xen_flags:
+        kind = "foreign" if region.xen_flags & XEN_FOREIGN else "grant"
+        if not region.xen_flags & (XEN_FOREIGN | XEN_GRANT):
+            kind = "on-demand"
+        raise InvalidGuestMemory(
+            f"region at {region.guest_addr:#x}: xen mmap flags {region.xen_flags:#x}, domid {region.domid}:"
+            f" {kind} mappings need Xen, which is not supported here"
+        )
     return Region.from_fd(
         fd,
         region.size,

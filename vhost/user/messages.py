@@ -3,7 +3,8 @@
 
 Encoding, the checks of lengths and descriptors, gating, replies and acks, the names of handlers,
 traces, ``vhost messages`` and the documentation all read these rows. To add a message: one row, one
-handler, one test. What the columns mean is in spec.py; how a connection uses them in session.py.
+handler, one test. What the columns mean is in spec.py; how a connection uses them in session.py; the rows
+of the GPU protocol, which has a socket of its own, are in gpu_messages.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from vhost.features import ProtocolF, Status, VhostF, VirtioF
 from vhost.user import payloads as p
+from vhost.user.gpu_messages import GPU, GpuMsg
 from vhost.user.payloads import EMPTY, NOFD, U64, Empty, VringState
 from vhost.user.spec import (
     FD_PER_REGION,
@@ -37,11 +39,13 @@ from vhost.user.spec import (
 __all__ = [
     "BACKEND",
     "FRONTEND",
+    "GPU",
     "BackendMsg",
     "Channel",
     "Fds",
     "FrontendMsg",
     "Gate",
+    "GpuMsg",
     "Message",
     "Outgoing",
     "Policy",
@@ -192,7 +196,7 @@ _FRONTEND_ROWS = (
            request=p.Iotlb, reply=U64, policy=_ALWAYS, refusal=U64(1), feature=VirtioF.ACCESS_PLATFORM,
            section="IOMMU support"),
     _front(_F.SET_VRING_ENDIAN, "Byte order of a legacy ring: num 0 little, 1 big.",
-           request=VringState, per_ring="index", feature=ProtocolF.CROSS_ENDIAN),
+           request=VringState, per_ring="index", feature=ProtocolF.CROSS_ENDIAN, live=True),
     _front(_F.GET_CONFIG, "Read configuration space; the reply has the request's size, or 0 for an error.",
            request=p.Config, reply=p.Config, reply_also=(Empty,), policy=_ALWAYS,
            refusal=p.Config(0, 0, 0, b""), feature=ProtocolF.CONFIG, live=True),
@@ -200,9 +204,9 @@ _FRONTEND_ROWS = (
            request=p.Config, feature=ProtocolF.CONFIG, live=True),
     _front(_F.CREATE_CRYPTO_SESSION, "Create a crypto session; the reply has its id, negative on failure.",
            request=p.CryptoSession, reply=p.CryptoSession, policy=_ALWAYS,
-           refusal=p.CryptoSession(0, b"", -1), feature=ProtocolF.CRYPTO_SESSION),
+           refusal=p.CryptoSession(0, b"", -1), feature=ProtocolF.CRYPTO_SESSION, live=True),
     _front(_F.CLOSE_CRYPTO_SESSION, "Close a crypto session by its id.",
-           request=U64, feature=ProtocolF.CRYPTO_SESSION),
+           request=U64, feature=ProtocolF.CRYPTO_SESSION, live=True),
     _front(_F.POSTCOPY_ADVISE, "Postcopy is coming; the reply brings a userfaultfd.",
            reply=Empty, policy=_ALWAYS, reply_fds=OPTIONAL_FD, refusal=EMPTY,
            feature=ProtocolF.PAGEFAULT, section="Migration"),
@@ -217,12 +221,12 @@ _FRONTEND_ROWS = (
     _front(_F.SET_INFLIGHT_FD, "The tracking buffer, given back after a restart.",
            request=p.Inflight, fds=ONE_FD, feature=ProtocolF.INFLIGHT_SHMFD, live=True,
            section="Inflight I/O tracking"),
-    _front(_F.GPU_SET_SOCKET, "Socket of the vhost-user-gpu protocol.", fds=ONE_FD),
+    _front(_F.GPU_SET_SOCKET, "Socket of the vhost-user-gpu protocol.", fds=ONE_FD, live=True),
     _front(_F.RESET_DEVICE, "Disable all rings and reset the device.",
            feature=ProtocolF.RESET_DEVICE, gate=Gate.OFFERED, live=True),
     _front(_F.VRING_KICK, "A kick in band.",
            request=VringState, per_ring="index", feature=ProtocolF.INBAND_NOTIFICATIONS,
-           section="In-band notifications"),
+           section="In-band notifications", live=True),
     _front(_F.GET_MAX_MEM_SLOTS, "How many memory regions the back-end can hold.",
            reply=U64, policy=_ALWAYS, feature=ProtocolF.CONFIGURE_MEM_SLOTS, live=True),
     _front(_F.ADD_MEM_REG, "Add a memory region.",
@@ -237,7 +241,7 @@ _FRONTEND_ROWS = (
            reply=U64, policy=_ALWAYS, feature=ProtocolF.STATUS, names=(Status,), live=True),
     _front(_F.GET_SHARED_OBJECT, "The dma-buf of a UUID, if the back-end exports it.",
            request=p.SharedObject, request_also=(Empty,), reply=Empty, reply_also=(U64, p.SharedObject),
-           policy=_ALWAYS, reply_fds=OPTIONAL_FD, refusal=EMPTY, feature=ProtocolF.SHARED_OBJECT),
+           policy=_ALWAYS, reply_fds=OPTIONAL_FD, refusal=EMPTY, feature=ProtocolF.SHARED_OBJECT, live=True),
     _front(_F.SET_DEVICE_STATE_FD, "Pipe for the device's state; the reply may bring another one.",
            request=p.DeviceState, reply=U64, policy=_ALWAYS, fds=ONE_FD, reply_fds=FD_UNLESS_NOFD,
            refusal=U64(NOFD | 1), feature=ProtocolF.DEVICE_STATE, section="Migrating back-end state",
@@ -246,7 +250,8 @@ _FRONTEND_ROWS = (
            reply=U64, policy=_ALWAYS, refusal=U64(1), feature=ProtocolF.DEVICE_STATE,
            section="Migrating back-end state", live=True),
     _front(_F.GET_SHMEM_CONFIG, "Sizes of the shared memory regions.",
-           reply=p.ShmemConfig, policy=_ALWAYS, refusal=p.ShmemConfig(), feature=ProtocolF.SHMEM_MAP),
+           reply=p.ShmemConfig, policy=_ALWAYS, refusal=p.ShmemConfig(), feature=ProtocolF.SHMEM_MAP,
+           live=True),
 )  # fmt: skip
 
 _BACKEND_ROWS = (
@@ -257,24 +262,24 @@ _BACKEND_ROWS = (
           feature=ProtocolF.CONFIG, old_name="SLAVE_CONFIG_CHANGE_MSG", live=True),
     _back(_B.BACKEND_VRING_HOST_NOTIFIER_MSG, "A page of a device's doorbell for a ring, or its removal.",
           request=p.VringArea, fds=FD_UNLESS_NOFD, per_ring="index", feature=ProtocolF.HOST_NOTIFIER,
-          old_name="SLAVE_VRING_HOST_NOTIFIER_MSG"),
+          old_name="SLAVE_VRING_HOST_NOTIFIER_MSG", live=True),
     _back(_B.BACKEND_VRING_CALL, "A call in band.",
           request=VringState, per_ring="index", feature=ProtocolF.INBAND_NOTIFICATIONS,
-          section="In-band notifications", old_name="SLAVE_VRING_CALL"),
+          section="In-band notifications", old_name="SLAVE_VRING_CALL", live=True),
     _back(_B.BACKEND_VRING_ERR, "An error in band.",
           request=VringState, per_ring="index", feature=ProtocolF.INBAND_NOTIFICATIONS,
-          section="In-band notifications", old_name="SLAVE_VRING_ERR"),
+          section="In-band notifications", old_name="SLAVE_VRING_ERR", live=True),
     _back(_B.BACKEND_SHARED_OBJECT_ADD, "This back-end exports the dma-buf of a UUID.",
-          request=p.SharedObject, feature=ProtocolF.SHARED_OBJECT),
+          request=p.SharedObject, feature=ProtocolF.SHARED_OBJECT, live=True),
     _back(_B.BACKEND_SHARED_OBJECT_REMOVE, "This back-end no longer exports a UUID.",
-          request=p.SharedObject, feature=ProtocolF.SHARED_OBJECT),
+          request=p.SharedObject, feature=ProtocolF.SHARED_OBJECT, live=True),
     _back(_B.BACKEND_SHARED_OBJECT_LOOKUP, "The dma-buf of a UUID, whoever exports it.",
           request=p.SharedObject, reply=U64, policy=_ALWAYS, reply_fds=OPTIONAL_FD, refusal=U64(1),
-          feature=ProtocolF.SHARED_OBJECT),
+          feature=ProtocolF.SHARED_OBJECT, live=True),
     _back(_B.BACKEND_SHMEM_MAP, "Map a file into a shared memory region.",
-          request=p.MMap, fds=ONE_FD, feature=ProtocolF.SHMEM_MAP),
+          request=p.MMap, fds=ONE_FD, feature=ProtocolF.SHMEM_MAP, live=True),
     _back(_B.BACKEND_SHMEM_UNMAP, "Unmap a range of a shared memory region.",
-          request=p.MMap, feature=ProtocolF.SHMEM_MAP),
+          request=p.MMap, feature=ProtocolF.SHMEM_MAP, live=True),
 )  # fmt: skip
 
 FRONTEND: dict[int, Spec] = {row.id: row for row in _FRONTEND_ROWS}
@@ -285,12 +290,12 @@ BACKEND: dict[int, Spec] = {row.id: row for row in _BACKEND_ROWS}
 
 def table(channel: Channel) -> dict[int, Spec]:
     """The requests that travel on a channel."""
-    return FRONTEND if channel is Channel.MAIN else BACKEND
+    return {Channel.MAIN: FRONTEND, Channel.BACKEND_REQ: BACKEND, Channel.GPU: GPU}[channel]
 
 
 def table_rows() -> list[dict[str, Any]]:
-    """Both directions as plain data: ``vhost messages``, and the table in the documentation."""
-    return [row.as_dict() for row in (*FRONTEND.values(), *BACKEND.values())]
+    """All channels as plain data: ``vhost messages``, and the table in the documentation."""
+    return [row.as_dict() for row in (*FRONTEND.values(), *BACKEND.values(), *GPU.values())]
 
 
 def unknown(number: int, sender: Role) -> Spec:

@@ -74,14 +74,15 @@ def show(value: Any, name: str = "") -> str:
     return str(value)
 
 
-def _check_size(cls: type[Payload], data: bytes) -> None:
+def check_size(cls: type[Payload], data: bytes) -> None:
+    """Raise InvalidMessage for a length that is none of this payload's."""
     if cls.MIN_SIZE <= len(data) <= cls.MAX_SIZE:
         return
     limit = str(cls.MIN_SIZE) if cls.MIN_SIZE == cls.MAX_SIZE else f"{cls.MIN_SIZE} to {cls.MAX_SIZE}"
     raise InvalidMessage(f"payload {cls.__name__}: size {len(data)}, must be {limit}")
 
 
-class _Fixed(Payload):
+class Fixed(Payload):
     """A payload that is one struct with its fields in the dataclass's order."""
 
     __slots__ = ()
@@ -106,7 +107,7 @@ class _Fixed(Payload):
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         if len(data) != cls.MAX_SIZE:
-            _check_size(cls, data)
+            check_size(cls, data)
         return cls(*cls.FORMAT.unpack(data))
 
 
@@ -123,7 +124,7 @@ class Empty(Payload):
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         if data:
-            _check_size(cls, data)
+            check_size(cls, data)
         return cls()
 
 
@@ -143,19 +144,19 @@ class Opaque(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         return cls(data)
 
 
 @dataclass(frozen=True, slots=True)
-class U64(_Fixed, format="Q"):
+class U64(Fixed, format="Q"):
     """A single 64-bit integer."""
 
     value: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class VringState(_Fixed, format="II"):
+class VringState(Fixed, format="II"):
     """A vring state description; also its index or, packed, both indices with their wrap counters."""
 
     index: int
@@ -163,7 +164,7 @@ class VringState(_Fixed, format="II"):
 
 
 @dataclass(frozen=True, slots=True)
-class VringAddr(_Fixed, format="IIQQQQ"):
+class VringAddr(Fixed, format="IIQQQQ"):
     """A vring address description."""
 
     index: int
@@ -198,7 +199,7 @@ class VringFd(Payload):
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryRegion(_Fixed, format="QQQQ"):
+class MemoryRegion(Fixed, format="QQQQ"):
     """A memory region description."""
 
     guest_addr: int
@@ -208,7 +209,7 @@ class MemoryRegion(_Fixed, format="QQQQ"):
 
 
 @dataclass(frozen=True, slots=True)
-class XenMemoryRegion(_Fixed, format="QQQQII"):
+class XenMemoryRegion(Fixed, format="QQQQII"):
     """A memory region description when XEN_MMAP was negotiated."""
 
     guest_addr: int
@@ -226,7 +227,7 @@ _TABLE_HEAD = struct.Struct("=II")
 class MemTable(Payload):
     """Multiple memory regions. Only the used ones are sent, as all front-ends do."""
 
-    REGION: ClassVar[type[_Fixed]] = MemoryRegion
+    REGION: ClassVar[type[Fixed]] = MemoryRegion
     MIN_SIZE: ClassVar[int] = 8
     MAX_SIZE: ClassVar[int] = 8 + TABLE_REGIONS_ACCEPTED * 32
     regions: tuple[Any, ...]
@@ -241,7 +242,7 @@ class MemTable(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         count, _padding = _TABLE_HEAD.unpack_from(data)
         each = cls.REGION.MAX_SIZE
         if not 1 <= count <= TABLE_REGIONS_ACCEPTED:
@@ -260,7 +261,7 @@ class MemTable(Payload):
 class XenMemTable(MemTable):
     """Multiple memory regions when XEN_MMAP was negotiated."""
 
-    REGION: ClassVar[type[_Fixed]] = XenMemoryRegion
+    REGION: ClassVar[type[Fixed]] = XenMemoryRegion
     MAX_SIZE: ClassVar[int] = 8 + TABLE_REGIONS_ACCEPTED * 40
 
 
@@ -268,7 +269,7 @@ class XenMemTable(MemTable):
 class SingleRegion(Payload):
     """Padding and one memory region."""
 
-    REGION: ClassVar[type[_Fixed]] = MemoryRegion
+    REGION: ClassVar[type[Fixed]] = MemoryRegion
     MIN_SIZE: ClassVar[int] = 40
     MAX_SIZE: ClassVar[int] = 40
     region: Any
@@ -278,7 +279,7 @@ class SingleRegion(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         return cls(cls.REGION.unpack(data[8:]))
 
 
@@ -286,13 +287,13 @@ class SingleRegion(Payload):
 class XenSingleRegion(SingleRegion):
     """One memory region when XEN_MMAP was negotiated."""
 
-    REGION: ClassVar[type[_Fixed]] = XenMemoryRegion
+    REGION: ClassVar[type[Fixed]] = XenMemoryRegion
     MIN_SIZE: ClassVar[int] = 48
     MAX_SIZE: ClassVar[int] = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Log(_Fixed, format="QQ"):
+class Log(Fixed, format="QQ"):
     """A log description: what part of the file is the dirty log."""
 
     size: int
@@ -300,7 +301,7 @@ class Log(_Fixed, format="QQ"):
 
 
 @dataclass(frozen=True, slots=True)
-class Iotlb(_Fixed, format="QQQBB6x"):
+class Iotlb(Fixed, format="QQQBB6x"):
     """An IOTLB message, ``struct vhost_iotlb_msg`` with its tail padding."""
 
     iova: int
@@ -339,7 +340,7 @@ class Config(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         offset, size, flags = _CONFIG_HEAD.unpack_from(data)
         if size != len(data) - 12:
             raise InvalidMessage(f"payload Config: field size {size}, but {len(data) - 12} bytes follow")
@@ -347,7 +348,7 @@ class Config(Payload):
 
 
 @dataclass(frozen=True, slots=True)
-class VringArea(_Fixed, format="QQQ"):
+class VringArea(Fixed, format="QQQ"):
     """A vring area description; ``value`` holds the vring index and, in bit 8, "no descriptor"."""
 
     value: int
@@ -402,12 +403,12 @@ class SharedObject(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         return cls(_uuid.UUID(bytes=bytes(data)))
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState(_Fixed, format="II"):
+class DeviceState(Fixed, format="II"):
     """Device state transfer parameters."""
 
     direction: int
@@ -418,7 +419,7 @@ class DeviceState(_Fixed, format="II"):
 
 
 @dataclass(frozen=True, slots=True)
-class MMap(_Fixed, format="B7xQQQQ"):
+class MMap(Fixed, format="B7xQQQQ"):
     """A mapping of a shared memory region."""
 
     shmid: int
@@ -447,7 +448,7 @@ class ShmemConfig(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         count, *sizes = cls.FORMAT.unpack(data)
         while sizes and not sizes[-1]:
             sizes.pop()
@@ -479,7 +480,7 @@ class CryptoSession(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        _check_size(cls, data)
+        check_size(cls, data)
         return cls(*cls.FORMAT.unpack(data))
 
 

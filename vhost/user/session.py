@@ -74,6 +74,9 @@ class Session:
         self.requester = (role is Role.FRONTEND) == (channel is Channel.MAIN)
         """This side sends the requests of the channel; the other side answers."""
         self.table = table(channel)
+        # The GPU protocol knows neither versions nor acks.
+        self._version = 0 if channel is Channel.GPU else VERSION
+        self._acks = 0 if channel is Channel.GPU else _REPLY_ACK
         self.serves: frozenset[int] = frozenset(
             serves if serves is not None else (row.id for row in self.table.values() if row.live)
         )
@@ -212,7 +215,7 @@ class Session:
         row = self.table.get(number)
         known = row is not None
         spec = row if row is not None else unknown(number, Role.BACKEND if self.requester else Role.FRONTEND)
-        if flags & VERSION_MASK != VERSION:
+        if flags & VERSION_MASK != VERSION and self._version:
             text = f"header flags {flags:#x}: version {flags & VERSION_MASK}, must be {VERSION}"
             raise InvalidMessage(text, request=spec.name)
         if self.requester:
@@ -248,14 +251,15 @@ class Session:
             complaint = rule.complaint(len(self._fds), payload)
             if complaint:
                 raise IncorrectFds(f"reply: {complaint}", request=spec.name)
-        if own_reply and spec.name == "GET_PROTOCOL_FEATURES" and isinstance(payload, U64):
+        if own_reply and spec.name.endswith("GET_PROTOCOL_FEATURES") and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         fds, self._fds = self._fds, []
         return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply)
 
     def _read_request(self, spec: Spec, flags: int, own_reply: bool, known: bool, data: bytes) -> Message:
         # From here on the stream is in step: what is wrong with the message is wrong with it alone.
-        message = Message(spec, EMPTY, [], bool(flags & NEED_REPLY_FLAG), own_reply=own_reply)
+        need_reply = bool(flags & NEED_REPLY_FLAG) and self.channel is not Channel.GPU
+        message = Message(spec, EMPTY, [], need_reply, own_reply=own_reply)
         if not known:
             message.payload = Opaque(data)
             raise UnsupportedRequest("unknown request", request=spec.name, message=message)
@@ -305,8 +309,8 @@ class Session:
         own_reply = spec.replies(self.protocol_features, self.postcopy)
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
-            need_reply = not own_reply and bool(self._protocol_features & _REPLY_ACK)
-        data = frame(spec.id, payload.pack(), need_reply=need_reply)
+            need_reply = not own_reply and bool(self._protocol_features & self._acks)
+        data = frame(spec.id, payload.pack(), need_reply=need_reply, version=self._version)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
         if expects:
@@ -322,11 +326,9 @@ class Session:
         if message.answered:
             raise ValueError(f"{spec.name} was answered before")
         self._check_outgoing(spec, payload, fds, reply=True)
-        outgoing = Outgoing(
-            frame(spec.id, payload.pack(), reply=True), tuple(fds), False, spec, payload, is_reply=True
-        )
+        outgoing = self._answer(spec, payload, fds)
         message.answered = True
-        if spec.name == "GET_PROTOCOL_FEATURES" and isinstance(payload, U64):
+        if spec.name.endswith("GET_PROTOCOL_FEATURES") and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         return self._traced(outgoing)
 
@@ -345,9 +347,11 @@ class Session:
         else:
             payload = U64(status)
         message.answered = True
-        return self._traced(
-            Outgoing(frame(spec.id, payload.pack(), reply=True), (), False, spec, payload, is_reply=True)
-        )
+        return self._traced(self._answer(spec, payload))
+
+    def _answer(self, spec: Spec, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:
+        data = frame(spec.id, payload.pack(), reply=True, version=self._version)
+        return Outgoing(data, tuple(fds), False, spec, payload, is_reply=True)
 
     def _traced(self, outgoing: Outgoing) -> Outgoing:
         if self.trace is not None:

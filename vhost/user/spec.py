@@ -40,10 +40,13 @@ class Role(Enum):
 
 
 class Channel(Enum):
-    """The connection itself, or the one that SET_BACKEND_REQ_FD passes for requests the other way."""
+    """The connection itself, the one that SET_BACKEND_REQ_FD passes for requests the other way, or the one
+    that GPU_SET_SOCKET passes, which speaks the vhost-user-gpu protocol: the same frames, but no version
+    in the flags and no need_reply."""
 
     MAIN = "main"
     BACKEND_REQ = "back-end requests"
+    GPU = "gpu"
 
 
 class Policy(Enum):
@@ -76,12 +79,13 @@ class Fds:
     least: int = 0
     most: int = 0
     rule: str = ""
-    """"nofd": exactly one unless the payload's "no descriptor" bit is set; "region": one each."""
+    """"nofd": exactly one unless the payload's "no descriptor" bit is set; "disabled": unless it disables a
+    scanout; "region": one each."""
     discard: bool = False
     """Tolerated from peers that got it wrong, closed unused (REM_MEM_REG)."""
 
     def expected(self, payload: Payload) -> tuple[int, int]:
-        if self.rule == "nofd":
+        if self.rule in ("nofd", "disabled"):
             count = 0 if _nofd(payload) else 1
             return count, count
         if self.rule == "region" and isinstance(payload, MemTable):
@@ -97,7 +101,7 @@ class Fds:
 
     def __str__(self) -> str:
         if self.rule:
-            return {"nofd": "1 or NOFD bit", "region": "1 per region"}[self.rule]
+            return {"nofd": "1 or NOFD bit", "disabled": "1 or 0x0", "region": "1 per region"}[self.rule]
         text = str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
         return text + (" (closed unused)" if self.discard else "")
 
@@ -112,6 +116,7 @@ NO_FDS = Fds()
 ONE_FD = Fds(1, 1)
 OPTIONAL_FD = Fds(0, 1)
 FD_UNLESS_NOFD = Fds(0, 1, "nofd")
+FD_UNLESS_DISABLED = Fds(0, 1, "disabled")
 FD_PER_REGION = Fds(0, MAX_FDS, "region")
 UNUSED_FD = Fds(0, 1, discard=True)
 
@@ -202,7 +207,12 @@ class Spec:
     def feature_name(self) -> str:
         if self.feature is None:
             return ""
-        prefix = {"ProtocolF": "VHOST_USER_PROTOCOL_F_", "VirtioF": "VIRTIO_F_", "VhostF": "VHOST_USER_F_"}
+        prefix = {
+            "ProtocolF": "VHOST_USER_PROTOCOL_F_",
+            "VirtioF": "VIRTIO_F_",
+            "VhostF": "VHOST_USER_F_",
+            "GpuF": "VHOST_USER_GPU_PROTOCOL_F_",
+        }
         return prefix[type(self.feature).__name__] + (self.feature.name or "")
 
     def ring_index(self, payload: Any) -> int | None:

@@ -23,6 +23,8 @@ from vhost.user.spec import MAX_FDS, Message, Outgoing, close_fds
 
 MAX_PENDING = 64 * 1024
 """Bytes that may wait for a peer that does not read."""
+READ_MAX = 1 << 20
+"""Bytes read at a time: room for them is made before it is known how many there are."""
 
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 # No SIGPIPE: a library cannot know what it does to the process.
@@ -80,7 +82,8 @@ class Transport:
         session = self.session
         while True:
             try:
-                data, ancillary, flags, _ = self.socket.recvmsg(session.wanted, _ANCILLARY, _RECEIVE_FLAGS)
+                wanted = min(session.wanted, READ_MAX)
+                data, ancillary, flags, _ = self.socket.recvmsg(wanted, _ANCILLARY, _RECEIVE_FLAGS)
             except BlockingIOError:
                 return None
             except ConnectionError as error:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The program under test as a process of ours: started, started again when it ended, and how it ended.
+
+Many back-ends serve one connection and exit; some die of what a rule sends. Knows processes and nothing of
+vhost-user.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+END_WAIT = 5.0
+"""Seconds from SIGTERM to SIGKILL."""
+_TAIL = 2000
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})  # fmt: skip
+
+
+class Program:
+    """``command`` is run without a shell; what it prints is kept for evidence."""
+
+    def __init__(self, command: Sequence[str], path: str) -> None:
+        self.command = list(command)
+        self.path = Path(path)
+        self.starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the object
+
+    def start(self) -> None:
+        """Start it unless it runs. A socket that its predecessor left behind is removed."""
+        if self.alive:
+            return
+        if self.path.is_socket():
+            self.path.unlink()
+        self._output.seek(0)
+        self._output.truncate()
+        self.starts += 1
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self.alive else None
+
+    def crash(self) -> str:
+        """How it crashed, with the end of what it printed; "" if it runs, or ended in another way."""
+        code = None if self._process is None else self._process.poll()
+        if code is None or -code not in _CRASHES:
+            return ""
+        return f"the program was killed by {signal.Signals(-code).name}{self._printed()}"
+
+    def ended(self, timeout: float) -> bool:
+        """It ends by itself within the time."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def how(self) -> str:
+        """Its state in words."""
+        if self._process is None:
+            return "not started"
+        code = self._process.poll()
+        if code is None:
+            return f"runs as process {self._process.pid}"
+        how = f"ended with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return how + self._printed()
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL. Idempotent."""
+        if self._process is not None and self.alive:
+            self._process.terminate()
+            if not self.ended(END_WAIT):
+                self._process.kill()
+                self._process.wait()
+
+    def close(self) -> None:
+        self.stop()
+        self._output.close()
+
+    def _printed(self) -> str:
+        size = os.fstat(self._output.fileno()).st_size
+        text = os.pread(self._output.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace").strip()
+        return f"; it printed last: {text[-400:]}" if text else ""
