@@ -103,9 +103,7 @@ def test_there_and_back(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_pages_that_are_not_logged_are_noticed(
-    boot: Boot, start: Start, tmp_path: Path, packed: bool
-) -> None:
+def test_pages_that_are_not_logged_are_noticed(boot: Boot, start: Start, tmp_path: Path, packed: bool) -> None:
     here, there = start("a", variant="unlogged"), start("b")
     guest = boot(vhost_user_blk(here.path, queues=2, packed=packed), cpus=2)
     target = boot(vhost_user_blk(there.path, queues=2, packed=packed), cpus=2, incoming=True)
