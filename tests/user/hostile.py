@@ -166,9 +166,12 @@ def served(
     *,
     max_connections: int = 64,
     reconnect: float = 0.5,
+    without: int = 0,
 ) -> Iterator[vhost.Server]:
     """A server in a thread, which nothing that a peer does may end."""
-    with vhost.Server(device, path, max_connections=max_connections, reconnect=reconnect) as server:
+    with vhost.Server(
+        device, path, max_connections=max_connections, reconnect=reconnect, without=without
+    ) as server:
         stop = os.eventfd(0)
         failed: list[BaseException] = []
 
