@@ -237,7 +237,7 @@ def test_ring_areas(tmp_path: Path, no_leaks: None, areas: tuple[int, int, int])
 def test_features_never_offered(bench: Bench) -> None:
     raw = bench.connect(negotiated=True)
     assert raw.status(h.SET_FEATURES, h.u64(h.VERSION_1 | 1 << 60)) != 0
-    assert raw.status(h.SET_PROTOCOL_FEATURES, h.u64(1 << 12)) != 0
+    assert raw.status(h.SET_PROTOCOL_FEATURES, h.u64(1 << 17)) != 0
     raw.send(h.SET_FEATURES, h.u64(1 << 33))
     assert raw.ended()
 
