@@ -136,6 +136,28 @@ def test_without_tracking_it_fails(boot: Boot, iocheck: Path, tmp_path: Path, pa
                 churn.wait(timeout=20)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_paused_and_reset_between_kills(boot: Boot, iocheck: Path, tmp_path: Path, packed: bool) -> None:
+    """A pause stops the rings and starts them on the same buffer; a reset makes rings that need a new one."""
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    path = tmp_path / "s"
+    with Lives(path, disk, 1, "python") as lives:
+        with boot(vhost_user_blk(path, packed=packed, reconnect_ms=10)) as guest:
+            for _ in range(2):
+                churn = start_churn(guest)
+                for _ in range(10):
+                    lives.work(random.randint(*BETWEEN))
+                    guest.qmp.command("stop")
+                    guest.qmp.command("cont")
+                    lives.work(random.randint(*BETWEEN))
+                    lives.kill()
+                guest.run("touch /tmp/stop")
+                churn.wait()
+                run(iocheck, "verify", disk, str(SEED), "0", str(SIZE))
+                guest.reset()
+            assert lives.again
+
+
 def test_writers_notice_what_is_done_twice(boot: Boot, iocheck: Path, tmp_path: Path) -> None:
     """No kill at all, but a device that does an old write again."""
     disk = make_disk(tmp_path / "disk.raw", SIZE)
