@@ -361,6 +361,39 @@ def test_a_back_end_that_tracks_comes_back_without(image: Path, tmp_path: Path, 
     del disk, load, frontend
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("drains", [False, True])
+def test_from_one_back_end_to_the_other(
+    image: Path, tmp_path: Path, packed: bool, drains: bool, no_leaks: None
+) -> None:
+    """The first one is not killed but told to stop its rings, and may leave what is in flight in the buffer
+    (GET_VRING_BASE_INFLIGHT)."""
+    hand_over = ProtocolF(0) if drains else ProtocolF.GET_VRING_BASE_INFLIGHT
+    wanted = int(WANTED | hand_over)
+    load: Load | None = None
+    with program(tmp_path / "s0", image, "--share"), program(tmp_path / "s1", image, "--share"):
+        for life in range(6):
+            frontend = Frontend.connect(tmp_path / f"s{life % 2}", retry=20, protocol_features=wanted)
+            assert frontend.protocol_features & hand_over == hand_over
+            if load is None:
+                disk = Blk(frontend, packed=packed, depth=24)
+                load = Load(disk)
+            else:
+                assert disk.restart(frontend)
+            for _ in range(10):
+                load.fill()
+                load.reap(wait=True)
+            load.fill()
+            if life < 5:
+                frontend.get_vring_base(0)
+                frontend.close()
+                continue
+            load.check(image)
+            disk.close()
+            frontend.close()
+    del disk, load, frontend
+
+
 def test_another_device_comes_back(image: Path, tmp_path: Path) -> None:
     """What was negotiated is not there any more: that is said, and nothing is started."""
     with program(tmp_path / "a", image) as server:

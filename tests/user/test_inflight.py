@@ -20,8 +20,9 @@ import pytest
 import vhost
 from user import hostile as h
 from user.hostile import RawFrontend
+from user.test_frontend import RawBackend, backend
 from user.test_lifecycle import Guest
-from vhost.errors import InvalidQueue
+from vhost.errors import InvalidMessage, InvalidQueue
 from vhost.features import ProtocolF
 from vhost.inflight import inflight_size
 
@@ -407,3 +408,48 @@ def test_a_ring_that_stops(device: Lazy, tmp_path: Path, negotiated: int) -> Non
         assert guest.used == 3
         guest.map.close()
         os.close(buffer.fd)
+
+
+# -- the front-end's part ------------------------------------------------------------------------------
+
+
+def test_front_end_owns_the_buffer(device: Lazy, tmp_path: Path) -> None:
+    with vhost.Frontend.connect(tmp_path / "s") as frontend:
+        assert frontend.tracks_inflight
+        frontend.set_features(h.VERSION_1)
+        buffer = frontend.get_inflight_fd(2, ENTRIES)
+        assert buffer is not None
+        assert (buffer.size, buffer.offset) == (inflight_size(2, ENTRIES, packed=False), 0)
+        assert os.fstat(buffer.fd).st_size == buffer.size
+        frontend.set_inflight_fd(buffer)
+        assert frontend.get_inflight_fd(3, ENTRIES) is None, "the device has two queues"
+        buffer.close()
+        buffer.close()
+
+
+def test_front_end_of_a_back_end_without(tmp_path: Path, no_leaks: None) -> None:
+    with (
+        h.served(vhost.devices.Rng(), tmp_path / "s", without=SHMFD),
+        vhost.Frontend.connect(tmp_path / "s") as frontend,
+    ):
+        assert not frontend.tracks_inflight
+        assert frontend.get_inflight_fd(1, ENTRIES) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gives"),
+    [((0, 0, 0, 0), None), ((4096, 0, 1, ENTRIES), "no descriptor"), ((1 << 63, 7, 9, 9), "no descriptor")],
+)
+def test_answers_without_a_buffer(answer: tuple[int, ...], gives: str | None, no_leaks: None) -> None:
+    def script(raw: RawBackend) -> None:
+        raw.handshake(h.PROTOCOL_FEATURES | h.VERSION_1, SHMFD)
+        number, _, payload = raw.receive()
+        assert (number, payload) == (GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, 1, ENTRIES))
+        raw.reply(number, INFLIGHT.pack(*answer))
+
+    with backend(script) as sock, vhost.Frontend(sock) as frontend:
+        if gives is None:
+            assert frontend.get_inflight_fd(1, ENTRIES) is None
+        else:
+            with pytest.raises(InvalidMessage, match=gives):
+                frontend.get_inflight_fd(1, ENTRIES)
