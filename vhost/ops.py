@@ -18,9 +18,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from vhost.errors import UnsupportedRequest
-
-from vhost.errors import InactiveFeature
+from vhost.errors import InactiveFeature, UnsupportedRequest
 
 if TYPE_CHECKING:
     from vhost.dirty_log import DirtyLog

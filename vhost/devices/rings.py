@@ -106,8 +106,8 @@ class Ring:
         iotlb: Iotlb | None = None,
         inflight: InflightRegion | None = None,
     ) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: what was said of its
-        addresses are IOVAs. ``inflight``: where it notes what it has in flight."""
+        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: its addresses are
+        IOVAs. ``inflight``: where it notes what it has in flight."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
