@@ -12,14 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vhost.errors import ProtocolError
-from vhost.features import ProtocolF
 from vhost.user.messages import BackendMsg, GpuMsg
 from vhost.user.payloads import EMPTY, Payload
 from vhost.user.session import Message
 from vhost.user.transport import Transport
 
 REPLIES_PER_STEP = 16
-_REPLY_ACK = int(ProtocolF.REPLY_ACK)
 
 Then = Callable[[Message | None], None]
 """Called with the answer, whose descriptors it may take; None: there will be none."""
@@ -58,8 +56,7 @@ class BackendChannel:
             if then is not None:
                 then(None)
             return
-        asks = then is not None and bool(self.session.protocol_features & _REPLY_ACK)
-        outgoing = self.session.request(number, payload, fds, need_reply=asks)
+        outgoing = self.session.request(number, payload, fds, need_reply=False if then is None else None)
         if outgoing.expects_reply:
             self._waiting.append(then)
         try:
