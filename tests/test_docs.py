@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -69,6 +70,20 @@ def test_own_loop(image: Path) -> None:
         assert disk.read(2, 3) == bytes(512) + b"\xa5" * 512 + bytes(512)
     assert server.wait() == 0
     assert image.read_bytes()[1536:2048] == b"\xa5" * 512
+
+
+def test_dirty_log(tmp_path: Path, image: Path) -> None:
+    (code,) = examples("docs/migration.md")
+    path = tmp_path / "s"
+    with vhost.Server(vhost.devices.Blk(image), path) as server:
+        command = [sys.executable, "-c", code, str(path)]
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while client.poll() is None:
+            select.select([server.fileno()], [], [], 0.02)
+            server.step()
+        out, errors = client.communicate()
+    assert client.returncode == 0, errors
+    assert len(out.split()) >= 2, "the data, and the ring"
 
 
 def test_asyncio(tmp_path: Path, image: Path) -> None:

@@ -144,7 +144,7 @@ class DeviceQueue:
     def dirty_log(self) -> DirtyLog | None: ...
     def mark_written(self, addr: int, size: int) -> None:
         """For a device that writes to guest memory otherwise than through a chain, after it did: ``size``
-        bytes at a guest address. Chains see to themselves: what ``write`` wrote, what a buffer of
+        bytes at a guest-physical address. Chains see to themselves: what ``write`` wrote, what a buffer of
         ``writable`` covers, and what ``push`` was told."""
 
     @property

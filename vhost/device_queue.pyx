@@ -388,7 +388,8 @@ cdef class DeviceQueue:
         return bool(self.tell_driver())
 
     cdef int tell_driver(self) except -1:
-        self.tell_log()
+        if unlikely(self.vq.log != NULL):
+            self.tell_log()
         if not virtqueue_should_notify(&self.vq):
             return 0
         tell(&self.to_driver)
@@ -412,6 +413,7 @@ cdef class DeviceQueue:
         self.log.fd = fd
         self.log.changed = False
         self.apply_log()
+        self.tell_log()
 
     cdef int apply_log(self) except -1:
         cdef int rc = virtqueue_set_log(&self.vq, &self.log)
@@ -437,7 +439,7 @@ cdef class DeviceQueue:
         self.tell_log()
 
     cdef int tell_log(self) except -1:
-        if unlikely(self.vq.log != NULL) and virtqueue_should_tell_log(&self.vq):
+        if virtqueue_should_tell_log(&self.vq):
             signal(self.log.fd)
         return 0
 
@@ -504,6 +506,8 @@ cdef class DeviceQueue:
 
     def close(self):
         self.closed = True
+        # They are the caller's, who may close them now: a device that kept the queue must not hit others.
+        self.kick = self.to_driver.fd = self.err = -1
         self.empty_pool()
 
     cdef int must_be_open(self) except -1:

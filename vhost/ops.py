@@ -128,6 +128,7 @@ class VhostOps(ABC):
 
     def stop_log(self) -> None:
         """Mark no more pages."""
+        raise UnsupportedRequest(f"{type(self).__name__} keeps no dirty log")
 
     # ------------------------------------------------------------------ events, and the end
 

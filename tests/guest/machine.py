@@ -41,9 +41,11 @@ def vhost_user_blk(
     queue_size: int = 128,
     reconnect_ms: int = 0,
     name: str = "disk",
+    bus: str = "",
 ) -> list[str]:
     reconnect = f",reconnect-ms={reconnect_ms}" if reconnect_ms else ""
     ring = f",packed={'on' if packed else 'off'},queue-size={queue_size},num-queues={queues}"
+    ring += f",bus={bus}" if bus else ""
     return [
         *("-chardev", f"socket,id=c-{name},path={path}{reconnect}"),
         *("-device", f"vhost-user-blk-pci,id={name},chardev=c-{name}{ring}"),

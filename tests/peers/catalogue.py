@@ -48,7 +48,6 @@ class Peer:
     name: str
     packages: tuple[str, ...]
     missing: Callable[[], str]
-    benchmark_only: bool = False
 
 
 def qemu_version(program: str) -> tuple[int, ...] | None:
@@ -125,6 +124,6 @@ PEERS: dict[str, Peer] = {
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
         Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
-        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
     )
 }

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,13 @@ class Process:
     def errors(self) -> str:
         """What it wrote to standard error."""
         return "".join(self._lines)
+
+    def wait_line(self, text: str) -> None:
+        """Until it has written a line with that to standard error."""
+        deadline = time.monotonic() + DEADLINE
+        while not any(text in line for line in self._lines):
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.errors()}"
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -139,7 +147,10 @@ class Serve(Process):
 class StorageDaemon:
     """qemu-storage-daemon with one vhost-user-blk export of a plain file, and its monitor."""
 
-    def __init__(self, disk: Path, path: Path, *, queues: int = 2) -> None:
+    def __init__(
+        self, disk: Path, path: Path, *, queues: int = 2, writable: bool = True, more: str = ""
+    ) -> None:
+        """``more`` adds to the export's options."""
         self.path = path
         # Our listening socket, so that there is nothing to wait for before one can connect.
         listener = socket.socket(socket.AF_UNIX)
@@ -153,7 +164,7 @@ class StorageDaemon:
                 *("--chardev", f"socket,id=m,fd={theirs.fileno()}", "--monitor", "chardev=m"),
                 "--export",
                 f"type=vhost-user-blk,id=e,addr.type=fd,addr.str={listener.fileno()},"
-                f"node-name=f,writable=on,num-queues={queues}",
+                f"node-name=f,writable={'on' if writable else 'off'},num-queues={queues}{more}",
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=(listener.fileno(), theirs.fileno()),

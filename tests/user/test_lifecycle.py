@@ -112,6 +112,9 @@ def test_addresses_before_memory(path: Path, no_leaks: None) -> None:
 def test_ring_that_runs_is_not_reshaped(path: Path, no_leaks: None) -> None:
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         raw.start()
+        guest.offer()
+        guest.kick()
+        guest.wait_used(1)
         assert raw.status(h.SET_VRING_NUM, h.state(0, 16)) != 0
         assert raw.status(h.SET_VRING_BASE, h.state(0, 3)) != 0
         assert raw.status(h.SET_VRING_ADDR, h.address(0, h.USER + 0x8000)) != 0
@@ -119,7 +122,7 @@ def test_ring_that_runs_is_not_reshaped(path: Path, no_leaks: None) -> None:
         assert raw.status(h.SET_VRING_ADDR, h.address(0)) == 0, "QEMU repeats it"
         guest.offer()
         guest.kick()
-        guest.wait_used(1)
+        guest.wait_used(2)
 
 
 def test_enable_before_features_and_memory(path: Path, no_leaks: None) -> None:

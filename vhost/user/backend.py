@@ -149,6 +149,8 @@ class Backend(
         if writes != self._channel_writes:
             self._channel_writes = writes
             self._epoll.modify(channel.fileno(), select.EPOLLIN | (select.EPOLLOUT if writes else 0))
+            if not writes and self._config_changed:
+                self.wake()
 
     def _let_go(self) -> None:
         self._drop_channel()

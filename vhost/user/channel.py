@@ -62,7 +62,7 @@ class BackendChannel:
         try:
             self.transport.send(outgoing)
         except ProtocolError as error:
-            self.error = error
+            self.error = error.with_traceback(None)
         if then is not None and not outgoing.expects_reply:
             then(None)
 
@@ -80,7 +80,8 @@ class BackendChannel:
                     if then is not None:
                         then(message)
         except ProtocolError as error:
-            self.error = error
+            # Its frames hold this object, and all that the session has, until the collector comes by.
+            self.error = error.with_traceback(None)
         return self.error is None
 
     def close(self) -> None:

@@ -92,7 +92,10 @@ class Frontend(
         if self._has(ProtocolF.STATUS):
             self._send(F.SET_STATUS, U64(status))
         self._status = status
-        if not status:
+        if not status and self._has(ProtocolF.RESET_DEVICE):
+            # As QEMU has it: a status of 0 alone may be a pause.
+            self.reset_device()
+        elif not status:
             self._device_was_reset()
 
     def reset_device(self) -> None:

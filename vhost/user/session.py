@@ -90,7 +90,8 @@ class Session:
         """Taken from the reply to GET_PROTOCOL_FEATURES as it passes."""
         self.postcopy = False
         self.closed = False
-        self._failed: ProtocolError | None = None
+        # Why it ended, in words: an error keeps its frames, and with them all that the caller has.
+        self._failed: str | None = None
         # The replies that the peer owes, and whether they have the row's payload.
         self._outstanding: deque[tuple[Spec, bool]] = deque()
         self._data = bytearray()
@@ -136,7 +137,7 @@ class Session:
         except ProtocolError as error:
             self._drop_fds()
             if error.message is None:
-                self._failed = error
+                self._failed = str(error)
             elif self.trace is not None:
                 self.trace("recv", error.message)
             raise
@@ -151,20 +152,19 @@ class Session:
         """The peer closed the stream: raises Disconnected, or PartialMessage inside a message."""
         self._drop_fds()
         self._check_open()
-        error: ProtocolError
+        self._failed = str(self._end(reason))
+        raise self._end(reason)
+
+    def _end(self, reason: str) -> ProtocolError:
         if self.in_message:
             where = f"{reason} after {len(self._data)} of {self._target} bytes of the "
             if self._header is None:
-                error = PartialMessage(f"{where}header")
-            else:
-                error = PartialMessage(f"{where}payload", request=self._header[0].name)
-        elif self._outstanding:
+                return PartialMessage(f"{where}header")
+            return PartialMessage(f"{where}payload", request=self._header[0].name)
+        if self._outstanding:
             spec = self._outstanding[0][0]
-            error = Disconnected(f"{reason} before the reply", request=spec.name)
-        else:
-            error = Disconnected(reason)
-        self._failed = error
-        raise error
+            return Disconnected(f"{reason} before the reply", request=spec.name)
+        return Disconnected(reason)
 
     def close(self) -> None:
         """Close the descriptors of a message that never became whole. Idempotent."""
