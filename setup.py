@@ -80,6 +80,7 @@ setup(
             extension("vhost.shmem"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
+            extension("vhost.user._userfault", "csrc/userfault.c"),
             extension("vhost.kernel._ioctl"),
             extension("vhost.kernel._vduse"),
             extension("vhost.devices._blk_engine", "csrc/engine_blk.c", "csrc/blk_request.c"),

@@ -47,6 +47,7 @@ enum virtqueue_fault {
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
 	VQ_REQUEST_STATUS,     /* fewer device-writable bytes than the answer needs at least */
+	VQ_ACCESS,	       /* set by who has the IOTLB: it will never have what was missed */
 	/* No fault: the IOTLB lacks a mapping for the next chain, or for the ring itself. The queue looks
 	 * empty, and nothing changed, until virtqueue_retry or virtqueue_map. `value` is the IOVA, `limit` the
 	 * access that is lacking (IOTLB_READ, IOTLB_WRITE). */

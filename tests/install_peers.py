@@ -9,11 +9,11 @@ Without root it installs what it can and names the packages that are missing; it
 unless CI=true.
 
 Quick when all is there. Programs come from ``apt-get install`` and so need root; the guests' kernels,
-kernel headers, libblkio, User Mode Linux, vhost-user-gpu and QEMU for PowerPC are only downloaded and
-unpacked below ``.cache/`` (or ``PYVHOST_CACHE``), and QEMU's contrib/vhost-user-blk is built there from
-Debian's source, which any user may do. What this release lacks comes from other suites, through apt lists of
-our own below the cache with those suites at priority 50, so that the machine's own apt configuration stays
-as it is: on Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
+kernel headers, libblkio, User Mode Linux and vhost-user-gpu are only downloaded and unpacked below
+``.cache/`` (or ``PYVHOST_CACHE``), and QEMU's contrib/vhost-user-blk is built there from Debian's source,
+which any user may do. What this release lacks comes from other suites, through apt lists of our own below
+the cache with those suites at priority 50, so that the machine's own apt configuration stays as it is: on
+Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
 
 Knows which package each peer is in. Does not know what the tests do with the programs. Standard library only.
 """

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import vhost
+from vhost.trace.recording import dump, header
+from vhost.trace.records import Happening, Record
+from vhost.user.messages import FrontendMsg, frame
+from vhost.user.spec import Role
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 1 << 20
@@ -93,3 +97,15 @@ def test_asyncio(tmp_path: Path, image: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "read back 4096 bytes {90}\n"
     assert image.read_bytes()[:4096] == b"\x5a" * 4096
+
+
+def test_recording(tmp_path: Path) -> None:
+    (code,) = examples("docs/trace.md")
+    lines = [header()]
+    for number in (FrontendMsg.SET_OWNER, FrontendMsg.GET_FEATURES, FrontendMsg.GET_FEATURES):
+        lines.append(dump(Record(0, 1, 0, Happening.DATA, Role.FRONTEND, frame(number))))
+    (tmp_path / "recording").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-c", code, str(tmp_path / "recording")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "     2 GET_FEATURES\n     1 SET_OWNER\n"

@@ -86,6 +86,7 @@ cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
     int sigbus_install()
+    bint sigbus_installed()
     const int *sigbus_repairs()
 
 
@@ -127,6 +128,7 @@ cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
         VQ_ADDRESS
+        VQ_ACCESS
         VQ_MISS
 
     const char *virtqueue_fault_text(virtqueue_fault)
@@ -300,6 +302,8 @@ cdef extern from "engine_blk.h" nogil:
     int blk_engine_notice(const blk_engine *)
     int blk_engine_attach(blk_engine *, unsigned int, blk_queue *, const blk_queue_config *)
     void blk_engine_detach(blk_engine *, blk_queue *)
+    void blk_engine_hold(blk_queue *)
+    void blk_engine_release(blk_queue *, bint)
     int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)
 
 

@@ -493,10 +493,19 @@ cdef class DeviceQueue:
         ):
             virtqueue_map(&self.vq, &areas)
             self.areas = areas
+            if self.dirty_log is not None and self.vq.log == NULL:
+                self.apply_log()  # which says why not
             self.tell_driver()
-        else:
-            virtqueue_retry(&self.vq)
         return missing
+
+    def retry(self):
+        virtqueue_retry(&self.vq)
+
+    def deny(self, str reason not None):
+        # Also to an engine that serves the queue.
+        if self.vq.report.fault == VQ_MISS:
+            self.vq.report.fault = VQ_ACCESS
+        self.mark_broken(reason)
 
     @property
     def miss(self):

@@ -57,6 +57,19 @@ class Session:
 # -- what it says of itself ------------------------------------------------------------------------
 
 
+def test_close_waits_for_no_collector(tmp_path: Path) -> None:
+    """A device that a cycle keeps alive holds neither descriptors nor threads once it was closed: a server
+    makes one for each connection."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(4096))
+    Blk(path).close()  # what the process opens once
+    before = fds.holdings()
+    disk = Blk(path, num_queues=4)
+    disk.cycle = disk  # type: ignore[attr-defined]
+    disk.close()
+    assert not fds.holdings() - before
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_config_space(image: Path, tmp_path: Path, read_only: bool, no_leaks: None) -> None:
     want = BlkConfig(

@@ -121,9 +121,9 @@ PEERS: dict[str, Peer] = {
         Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
         Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
-        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
     )
 }

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 import pytest
 
@@ -43,7 +43,14 @@ def require(*names: str) -> None:
 class Process:
     """A program whose standard error is kept, and looked at for the line that says it is ready."""
 
-    def __init__(self, command: list[str], *, ready: str, pass_fds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        ready: str,
+        pass_fds: tuple[int, ...] = (),
+        stdout: int | IO[str] = subprocess.DEVNULL,
+    ) -> None:
         self.command = command
         self._ready = ready
         self._is_ready = threading.Event()
@@ -51,7 +58,7 @@ class Process:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",

@@ -5,7 +5,8 @@
 
 ``unlogged``: nothing is marked in the dirty log; ``unlogged-rings``: rings are not. ``python``: requests are
 run in Python. ``late``: those that read LATE_SECTOR are run and given back when the ring is about to stop,
-and "held" is said of each until then.
+and "held" is said of each until then. ``hasty``: pages that post-copy has not brought yet are taken for
+empty ones.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from vhost.device_queue import DeviceQueue
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import serve_request
 from vhost.devices.rings import Ring
+from vhost.memory import GuestMemory, Region
 from vhost.user.log import LogHandlers
 from vhost.user.payloads import VringState
+from vhost.user.postcopy import PostcopyHandlers
 from vhost.user.session import Message
 from vhost.virtio_blk import HEADER, BlkType
 
@@ -54,6 +57,10 @@ def give_back(self: LogHandlers, message: Message) -> VringState:
     return stop(self, message)
 
 
+def take_for_empty(self: PostcopyHandlers, memory: GuestMemory, new: list[Region]) -> None:
+    self._coming = memory
+
+
 for what in sys.argv.pop(1).split(","):
     if what == "unlogged":
         LogHandlers._tell_log = forget_log  # type: ignore[method-assign]
@@ -63,6 +70,8 @@ for what in sys.argv.pop(1).split(","):
         Blk.requestq = hold  # type: ignore[method-assign]
         stop = LogHandlers.get_vring_base
         LogHandlers.get_vring_base = give_back  # type: ignore[method-assign]
+    elif what == "hasty":
+        PostcopyHandlers._announce = take_for_empty  # type: ignore[method-assign]
     elif what == "python":
         assert Blk.__init__.__kwdefaults__ is not None
         Blk.__init__.__kwdefaults__["handler"] = "python"

@@ -35,6 +35,7 @@ SET_STATUS, GET_STATUS, SET_CONFIG = 39, 40, 25
 RESET_DEVICE, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 34, 36, 37, 38
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 PROTOCOL_FEATURES, VERSION_1 = 1 << 30, 1 << 32
+GPA_ADDRESSES = 1 << 21
 NOFD = 1 << 8
 
 
@@ -114,7 +115,7 @@ class RawFrontend:
         offered = self.ask(GET_FEATURES).u64
         assert offered & PROTOCOL_FEATURES
         protocol = self.ask(GET_PROTOCOL_FEATURES).u64
-        self.send(SET_PROTOCOL_FEATURES, u64(protocol))
+        self.send(SET_PROTOCOL_FEATURES, u64(protocol & ~GPA_ADDRESSES))  # ours are user addresses
         assert self.status(SET_OWNER) == 0
         assert self.status(SET_FEATURES, u64(VERSION_1 | PROTOCOL_FEATURES)) == 0
 

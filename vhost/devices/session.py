@@ -60,7 +60,7 @@ class DeviceSession(ABC):
         self.memory = self.no_memory
         self.iotlb: Iotlb | None = None
         """The driver's side speaks in IOVAs, and this is what it has mapped. Changed only while all rings are
-        ``paused``."""
+        ``held`` or ``paused``."""
         self.rings = [
             Ring(i, device.queue_name(i), user_addresses=user_addresses) for i in range(device.num_queues)
         ]
@@ -170,7 +170,9 @@ class DeviceSession(ABC):
                             self._serve(ring)
                 else:
                     self._happened(fd, events)
-        except Disconnected:
+        except Disconnected as gone:
+            # The protocol's session remembers it: without the frames, which would keep this one alive.
+            gone.__traceback__ = None
             self.close()
         except VhostError as error:
             self._fail(error)
@@ -439,6 +441,21 @@ class DeviceSession(ABC):
         with contextlib.ExitStack() as resume:  # all of them, also if a handler fails in between
             for ring in rings:
                 if ring.started:
+                    resume.callback(self._resume, ring)
+                    self._pause(ring)
+            yield
+
+    @contextlib.contextmanager
+    def held(self, *, look: bool) -> Iterator[None]:
+        """As ``paused`` for all rings, for a change of what they translate with and of nothing else. ``look``:
+        there may be work afterwards that no kick tells of."""
+        with contextlib.ExitStack() as resume:
+            for ring in self.rings:
+                if ring.queue is None:
+                    continue
+                if ring.by_device and self.device.hold_queue(ring.queue):
+                    resume.callback(self.device.release_queue, ring.queue, look)
+                else:
                     resume.callback(self._resume, ring)
                     self._pause(ring)
             yield

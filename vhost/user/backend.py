@@ -17,9 +17,11 @@ from vhost.user.channel import BackendChannel
 from vhost.user.crypto import CryptoHandlers
 from vhost.user.gpu_socket import GpuSocketHandlers
 from vhost.user.inband import InbandHandlers
+from vhost.user.iotlb import IotlbHandlers
 from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
 from vhost.user.objects import ObjectHandlers
+from vhost.user.postcopy import PostcopyHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
 from vhost.user.state import StateHandlers
@@ -31,8 +33,10 @@ MESSAGES_PER_STEP = 16
 
 
 class Backend(
+    IotlbHandlers,
     LogHandlers,
     StateHandlers,
+    PostcopyHandlers,
     InbandHandlers,
     ObjectHandlers,
     GpuSocketHandlers,

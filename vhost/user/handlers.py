@@ -45,6 +45,7 @@ MTU_MIN, MTU_MAX = 68, 65535  # VIRTIO 5.1.4.1
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _CONFIG = int(ProtocolF.CONFIG)
 _RESET_DEVICE = int(ProtocolF.RESET_DEVICE)
+_GPA_ADDRESSES = int(ProtocolF.GPA_ADDRESSES)
 _NET = int(ProtocolF.MTU | ProtocolF.RARP)
 _ALWAYS = int(
     ProtocolF.MQ
@@ -216,25 +217,35 @@ class Handlers(DeviceSession):
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def set_mem_table(self, message: Message) -> None:
-        table: MemTable = message.payload
-        self.replace_memory(
-            GuestMemory([_map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
-        )
+    def set_mem_table(self, message: Message) -> MemTable | None:
+        regions = zip(message.payload.regions, message.fds, strict=True)
+        self.replace_memory(GuestMemory([self._map(region, fd) for region, fd in regions]))
+        return None
 
     def get_max_mem_slots(self, message: Message) -> U64:
         return U64(MAX_REGIONS)
 
-    def add_mem_reg(self, message: Message) -> None:
+    def add_mem_reg(self, message: Message) -> SingleRegion | None:
         (fd,) = message.fds
-        self.replace_memory(self.memory.add(_map(message.payload.region, fd)))
+        self.replace_memory(self.memory.add(self._map(message.payload.region, fd)))
+        return None
 
     def rem_mem_reg(self, message: Message) -> None:
         payload: SingleRegion = message.payload
         region: Any = payload.region
         self.replace_memory(
-            self.memory.remove(guest_addr=region.guest_addr, user_addr=region.user_addr, size=region.size)
+            self.memory.remove(
+                guest_addr=region.guest_addr, user_addr=self._user_addr(region), size=region.size
+            )
         )
+
+    def _user_addr(self, region: MemoryRegion | XenMemoryRegion) -> int:
+        """With GPA_ADDRESSES, wherever there was a user address there is a guest address."""
+        gpa = self.session.protocol_features & _GPA_ADDRESSES
+        return int(region.guest_addr if gpa else region.user_addr)
+
+    def _map(self, region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
+        return _map(region, fd, self._user_addr(region))
 
     # -- rings -------------------------------------------------------------------------------------
 
@@ -247,7 +258,7 @@ class Handlers(DeviceSession):
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
         addr = message.payload
-        if not ring.started:
+        if not ring.started and self.iotlb is None:
             for name in ("desc", "avail", "used"):
                 try:
                     self.memory.user_to_guest(getattr(addr, name))
@@ -290,7 +301,7 @@ class Handlers(DeviceSession):
 XEN_FOREIGN, XEN_GRANT = 1, 2
 
 
-def _map(region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
+def _map(region: MemoryRegion | XenMemoryRegion, fd: int, user_addr: int) -> Region:
     if isinstance(region, XenMemoryRegion) and region.xen_flags:
         kind = "foreign" if region.xen_flags & XEN_FOREIGN else "grant"
         if not region.xen_flags & (XEN_FOREIGN | XEN_GRANT):
@@ -303,6 +314,6 @@ def _map(region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
         fd,
         region.size,
         guest_addr=region.guest_addr,
-        user_addr=region.user_addr,
+        user_addr=user_addr,
         mmap_offset=region.mmap_offset,
     )
