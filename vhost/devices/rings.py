@@ -15,6 +15,7 @@ from typing import NamedTuple
 from vhost._iotlb import Iotlb
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 from vhost.virtqueue import DeviceQueue
 
@@ -107,9 +108,15 @@ class Ring:
     def can_start(self) -> bool:
         return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
-    def start(self, memory: GuestMemory, features: int, iotlb: Iotlb | None = None) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: what was said of its
-        addresses are IOVAs."""
+    def start(
+        self,
+        memory: GuestMemory,
+        features: int,
+        iotlb: Iotlb | None = None,
+        inflight: InflightRegion | None = None,
+    ) -> DeviceQueue:
+        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: its addresses are
+        IOVAs. ``inflight``: where it notes what it has in flight."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
@@ -131,6 +138,7 @@ class Ring:
             call=self.call,
             call_vq=self.call_vq,
             err=self.err,
+            inflight=inflight,
             index=self.index,
             name=f"{self.name}[{self.index}]",
         )

@@ -34,6 +34,7 @@ from vhost.errors import (
     VhostError,
 )
 from vhost.features import VirtioF, feature_names
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 
 log = logging.getLogger("vhost.backend")
@@ -396,7 +397,7 @@ class DeviceSession(ABC):
                 negotiated &= self.device.negotiated
             self.device.negotiated = negotiated
         try:
-            ring.start(self.memory, self._ring_features(), self.iotlb)
+            ring.start(self.memory, self._ring_features(), self.iotlb, self._inflight_of(ring))
             self._run(ring)
         except BaseException:
             if ring.started:
@@ -415,9 +416,13 @@ class DeviceSession(ABC):
         """What rings are made with."""
         return self.features
 
+    def _inflight_of(self, ring: Ring) -> InflightRegion | None:
+        """Where the ring is to note what is in flight."""
+        return None
+
     def stop_ring(self, ring: Ring) -> int:
         """Where a successor goes on."""
-        self._halt(ring)
+        self._halt(ring, self._stopping(ring))
         base = ring.stop()
         if base is None:  # it never ran; for a packed ring 0 would be another place than that (2.8.1)
             base = PACKED_START if self.features & _RING_PACKED else 0
@@ -475,18 +480,22 @@ class DeviceSession(ABC):
                 self._serve(ring)
         self._update_polling()
 
-    def _halt(self, ring: Ring) -> None:
+    def _stopping(self, ring: Ring) -> Callable[[DeviceQueue], None]:
+        """How the device ends its use of a ring that stops for good."""
+        return self.device.stop_queue
+
+    def _halt(self, ring: Ring, stop: Callable[[DeviceQueue], None] | None = None) -> None:
         if ring.started:
-            self._pause(ring)
+            self._pause(ring, stop)
         else:
             self._unwatch_kick(ring)
 
-    def _pause(self, ring: Ring) -> None:
+    def _pause(self, ring: Ring, stop: Callable[[DeviceQueue], None] | None = None) -> None:
         """Return when nothing uses the ring's queue any more."""
         assert ring.queue is not None
         self._unwatch_kick(ring)
         if ring.enabled:
-            self.device.stop_queue(ring.queue)
+            (stop or self.device.stop_queue)(ring.queue)
         ring.by_device = False
 
     def _watch_kick(self, ring: Ring) -> None:

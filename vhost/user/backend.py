@@ -17,6 +17,7 @@ from vhost.user.channel import BackendChannel
 from vhost.user.crypto import CryptoHandlers
 from vhost.user.gpu_socket import GpuSocketHandlers
 from vhost.user.inband import InbandHandlers
+from vhost.user.inflight import InflightHandlers
 from vhost.user.iotlb import IotlbHandlers
 from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
@@ -38,6 +39,7 @@ class Backend(
     StateHandlers,
     PostcopyHandlers,
     InbandHandlers,
+    InflightHandlers,
     ObjectHandlers,
     GpuSocketHandlers,
     CryptoHandlers,

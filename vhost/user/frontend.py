@@ -12,6 +12,7 @@ from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
 from vhost.user.frontend_inband import FrontendInband
+from vhost.user.frontend_inflight import FrontendInflight
 from vhost.user.frontend_iotlb import FrontendIotlb
 from vhost.user.frontend_log import FrontendLog
 from vhost.user.frontend_objects import FrontendObjects
@@ -47,6 +48,7 @@ class Frontend(
     FrontendState,
     FrontendPostcopy,
     FrontendInband,
+    FrontendInflight,
     FrontendObjects,
 ):
     """A session with a back-end, negotiated as far as the transport goes.

@@ -38,6 +38,7 @@ WANTED = (
     | ProtocolF.MTU
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
+    | ProtocolF.INFLIGHT_SHMFD
     | ProtocolF.DEVICE_STATE
     | ProtocolF.PAGEFAULT
     | ProtocolF.CROSS_ENDIAN
