@@ -260,6 +260,11 @@ uint32_t driver_queue_base(const struct driver_queue *dq)
 	return DRIVER_FORMAT(dq, driver_base)(dq);
 }
 
+uint32_t driver_queue_resume_base(const struct driver_queue *dq)
+{
+	return DRIVER_FORMAT(dq, driver_resume_base)(dq);
+}
+
 int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out,
 		  unsigned in, uint64_t token)
 {

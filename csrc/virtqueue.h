@@ -291,6 +291,10 @@ void driver_queue_destroy(struct driver_queue *dq);
 /* The base to hand to a device now, and to a later driver_queue_init once nothing is out. */
 uint32_t driver_queue_base(const struct driver_queue *dq);
 
+/* The base to hand to a device that goes on after one that died with chains out, if it knows them from
+ * the in-flight buffer: all that can be said here is what was used. */
+uint32_t driver_queue_resume_base(const struct driver_queue *dq);
+
 /* One chain of out device-readable, then in device-writable buffers. The chain's id (>= 0), -ENOSPC
  * (come back after get_buf), -EINVAL (no buffers, a length 0, an address that wraps, 2^32 bytes or more,
  * more buffers than the queue has), -EIO (broken). It is published at once; the token comes back from

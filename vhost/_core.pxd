@@ -87,6 +87,7 @@ cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
     int sigbus_install()
+    bint sigbus_installed()
     const int *sigbus_repairs()
 
 
@@ -124,6 +125,17 @@ cdef extern from "vring.h" nogil:
     size_t vring_device_size(uint32_t, int)
 
 
+cdef extern from "inflight.h" nogil:
+    enum:
+        INFLIGHT_ALIGN
+
+    struct queue_inflight "inflight":
+        uint32_t old_num
+        uint32_t old_popped
+
+    uint64_t inflight_region_size(uint32_t, bint)
+
+
 cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
@@ -155,6 +167,8 @@ cdef extern from "virtqueue.h" nogil:
         bint event_idx
         bint in_order
         bint swapped
+        void *inflight
+        uint32_t inflight_num
 
     struct virtqueue_log
 
@@ -169,6 +183,7 @@ cdef extern from "virtqueue.h" nogil:
         uint32_t inuse
         virtqueue_fault_report report
         virtqueue_log *log
+        queue_inflight *inflight
 
     int virtqueue_init(virtqueue *, const virtqueue_config *)
     void virtqueue_destroy(virtqueue *)
@@ -216,6 +231,7 @@ cdef extern from "virtqueue.h" nogil:
     int driver_queue_init(driver_queue *, const driver_config *)
     void driver_queue_destroy(driver_queue *)
     uint32_t driver_queue_base(const driver_queue *)
+    uint32_t driver_queue_resume_base(const driver_queue *)
     int virtqueue_add(driver_queue *, const virtqueue_buf *, unsigned int, unsigned int, uint64_t)
 
     struct virtqueue_request:

@@ -42,10 +42,12 @@ def vhost_user_blk(
     reconnect_ms: int = 0,
     iommu: bool = False,
     name: str = "disk",
+    bus: str = "",
 ) -> list[str]:
     """``iommu``: behind a virtual IOMMU, with an IOTLB of its own (PCI's ATS)."""
     reconnect = f",reconnect-ms={reconnect_ms}" if reconnect_ms else ""
     ring = f",packed={'on' if packed else 'off'},queue-size={queue_size},num-queues={queues}"
+    ring += f",bus={bus}" if bus else ""
     before: tuple[str, ...] = ()
     if iommu:
         # The IOMMU comes before what is behind it. ATS is an extended capability, which a device directly

@@ -158,6 +158,12 @@ class Device(Requests):
     def release_queue(self, queue: DeviceQueue, look: bool) -> None:
         """Go on. ``look``: there may be work that no kick tells of."""
 
+    def suspend_queue(self, queue: DeviceQueue) -> None:
+        """The ring stops, and what is in flight is noted for a successor, which will pop it again. As
+        ``stop_queue``, but what was popped need not have been pushed: a device that can cancel its
+        requests does so here. They must not have effects any more afterwards."""
+        self.stop_queue(queue)
+
     def reset(self) -> None:
         """The driver reset the device; all rings are stopped."""
 

@@ -12,9 +12,11 @@ from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
 from vhost.user.frontend_inband import FrontendInband
+from vhost.user.frontend_inflight import FrontendInflight
 from vhost.user.frontend_iotlb import FrontendIotlb
 from vhost.user.frontend_log import FrontendLog
 from vhost.user.frontend_objects import FrontendObjects
+from vhost.user.frontend_postcopy import FrontendPostcopy
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
@@ -44,7 +46,9 @@ class Frontend(
     FrontendIotlb,
     FrontendLog,
     FrontendState,
+    FrontendPostcopy,
     FrontendInband,
+    FrontendInflight,
     FrontendObjects,
 ):
     """A session with a back-end, negotiated as far as the transport goes.
@@ -94,7 +98,10 @@ class Frontend(
         if self._has(ProtocolF.STATUS):
             self._send(F.SET_STATUS, U64(status))
         self._status = status
-        if not status:
+        if not status and self._has(ProtocolF.RESET_DEVICE):
+            # As QEMU has it: a status of 0 alone may be a pause.
+            self.reset_device()
+        elif not status:
             self._device_was_reset()
 
     def reset_device(self) -> None:
@@ -143,14 +150,16 @@ class Frontend(
                 self.remove_mem_region(region)
             for region in memory:
                 if region not in self._memory:
-                    self.add_mem_region(region)
+                    self._add(region)
+            self._acknowledge(F.ADD_MEM_REG)
         else:
             if len(memory) > MEM_TABLE_REGIONS:
                 raise InvalidGuestMemory(
                     f"{len(memory)} regions, limit {MEM_TABLE_REGIONS} without CONFIGURE_MEM_SLOTS"
                 )
             table = MemTable(tuple(self._describe(region) for region in memory))
-            self._send(F.SET_MEM_TABLE, table, [region.fd for region in memory])
+            self._share(F.SET_MEM_TABLE, table, memory)
+            self._acknowledge(F.SET_MEM_TABLE)
         self._memory = tuple(memory)
         self._guest_memory = memory
         self._map_memory(memory)
@@ -162,7 +171,11 @@ class Frontend(
         return MemoryRegion(region.guest_addr, region.size, user_addr, region.mmap_offset)
 
     def add_mem_region(self, region: Region) -> None:
-        self._send(F.ADD_MEM_REG, SingleRegion(self._describe(region)), [region.fd])
+        self._add(region)
+        self._acknowledge(F.ADD_MEM_REG)
+
+    def _add(self, region: Region) -> None:
+        self._share(F.ADD_MEM_REG, SingleRegion(self._describe(region)), (region,))
         self._memory += (region,)
         self._guest_memory = GuestMemory(self._memory)
 

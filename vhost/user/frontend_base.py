@@ -38,7 +38,9 @@ WANTED = (
     | ProtocolF.MTU
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
+    | ProtocolF.INFLIGHT_SHMFD
     | ProtocolF.DEVICE_STATE
+    | ProtocolF.PAGEFAULT
     | ProtocolF.CROSS_ENDIAN
     | ProtocolF.CRYPTO_SESSION
     | ProtocolF.BACKEND_SEND_FD

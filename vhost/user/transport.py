@@ -75,6 +75,7 @@ class Transport:
         self.pending = 0
         self.session.close()
         self.socket.close()
+        self._meanwhile.clear()  # whose owner may be ours: both would wait for the collector
         for queued in queue:
             close_fds(queued.fds)
         for message in kept.values():
