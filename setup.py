@@ -77,6 +77,7 @@ setup(
             extension("vhost._iotlb"),
             extension("vhost._ring"),
             extension("vhost.dirty_log"),
+            extension("vhost.inflight"),
             extension("vhost.shmem"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),

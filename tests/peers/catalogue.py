@@ -20,12 +20,22 @@ from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
 KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
+UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; unpacked
+VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
+QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 BUSYBOX = Path("/bin/busybox")
 
 # For modules that Debian's kernels lack.
 BUILD_PROGRAMS = ("gcc", "make", "strip")
 BUILD_PACKAGES = ("gcc", "make", "binutils")
+
+# Of vhost-user-gpu: it and what QEMU without a display does not need.
+GPU_PACKAGES = (
+    "qemu-system-gui",
+    *("libvirglrenderer1", "libepoxy0", "libvulkan1", "libva2", "libva-drm2"),
+    *("libgbm1", "libdrm2", "libwayland-server0", "libpixman-1-0"),
+)
 
 # reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
 QEMU_MINIMUM = (9, 2)
@@ -38,7 +48,6 @@ class Peer:
     name: str
     packages: tuple[str, ...]
     missing: Callable[[], str]
-    benchmark_only: bool = False
 
 
 def qemu_version(program: str) -> tuple[int, ...] | None:
@@ -112,6 +121,9 @@ PEERS: dict[str, Peer] = {
         Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
-        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
+        Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
+        Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
+        Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
     )
 }

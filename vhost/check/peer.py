@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import select
 import socket
+import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ Content = Payload | bytes
 """A payload, or the bytes of something that is none."""
 LONGEST_REPLY = 1 << 16
 """Nothing in the specification is longer; a header that says more is garbage."""
+_AFTERMATH = 0.2
+"""Seconds in which a session ends that a request has ended."""
 _MOST_FDS = 253  # SCM_MAX_FD
 _ANCILLARY = socket.CMSG_SPACE(_MOST_FDS * 4)
 _REPLY_ACK = int(ProtocolF.REPLY_ACK)
@@ -131,6 +135,18 @@ class Peer:
                 raise PeerClosed(f"it closed the connection ({error.strerror})") from error
             view = view[sent:]
             fds = ()
+
+    def drained(self, timeout: float) -> bool:
+        """The peer has read all that was sent, within the time."""
+        deadline = time.monotonic() + timeout
+        waiting = bytearray(4)
+        while True:
+            fcntl.ioctl(self.socket, termios.TIOCOUTQ, waiting)
+            if not any(waiting):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0005)
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -257,7 +273,8 @@ class Peer:
     def must_refuse(self, number: int, why: str, content: Content = EMPTY, fds: Sequence[int] = ()) -> None:
         """Failed when the request is granted although it ``why``."""
         if not self.refusal(number, content, fds):
-            raise Failed(f"{name_of(number)} was granted, although {why}")
+            after = "; then the session ended" if self.ended(_AFTERMATH) else ""
+            raise Failed(f"{name_of(number)} was granted, although {why}{after}")
 
     def survive(self, number: int, content: Content = EMPTY, fds: Sequence[int] = ()) -> None:
         """A request for which any answer will do, but not a hang."""

@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 from vhost.check.rule import Rule, Verdict
 from vhost.check.runner import Result
-from vhost.check.target import Target
 
 _COLOURS = {Verdict.PASS: "32", Verdict.FAIL: "31", Verdict.NOT_OFFERED: "2", Verdict.SKIPPED: "33"}
 _WIDTH = max(len(verdict.value) for verdict in Verdict)
@@ -77,17 +76,9 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
-    """The whole run as plain data."""
-    return {
-        "socket": target.path,
-        "device": target.device,
-        "features": f"{target.offered:#x}",
-        "protocol_features": f"{target.protocol:#x}",
-        "queues": target.queues,
-        "counts": counts(results),
-        "results": [as_dict(result) for result in results],
-    }
+def document(about: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+    """The whole run as plain data; ``about`` is what was judged."""
+    return {**about, "counts": counts(results), "results": [as_dict(result) for result in results]}
 
 
 def rule_dict(rule: Rule) -> dict[str, Any]:

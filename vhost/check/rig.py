@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer
@@ -18,6 +19,7 @@ from vhost.check.rule import Failed, Skipped, expect, prerequisite
 from vhost.check.target import PROTOCOL_FEATURES, RING_PACKED, VERSION_1, Target
 from vhost.check.work import WORK, Work
 from vhost.driver_queue import DriverQueue
+from vhost.errors import QueueBroken
 from vhost.features import ProtocolF, Status, VirtioF
 from vhost.memory import GuestMemory, Region
 from vhost.user.payloads import U64, MemoryRegion, MemTable, SingleRegion, VringAddr, VringFd, VringState
@@ -241,8 +243,7 @@ class Rig:
         ring = ring or self.main
         deadline = time.monotonic() + (self.target.timeout if timeout is None else timeout)
         pause = 0.0002
-        while (got := ring.queue.get_used()) is None:
-            expect(not ring.queue.broken, f"the device broke the ring: {ring.queue.broken}")
+        while (got := _used(ring)) is None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(pause)
@@ -274,6 +275,13 @@ class Rig:
         return self.wait(ring, self.target.settle) is None
 
 
+def _used(ring: Ring) -> tuple[Any, int] | None:
+    try:
+        return ring.queue.get_used()
+    except QueueBroken as error:
+        raise Failed(f"the device broke the ring: {error.reason}") from None
+
+
 class Sent:
     """A request on its way."""
 
@@ -300,7 +308,10 @@ class Sent:
 def stopped_at(peer: Peer, index: int) -> int:
     """GET_VRING_BASE, with its answer judged."""
     got = peer.ask(F.GET_VRING_BASE, VringState(index, 0))
-    expect(len(got.payload) == VringState.MAX_SIZE, f"GET_VRING_BASE: a reply of {len(got.payload)} bytes, must be 8")
+    expect(
+        len(got.payload) == VringState.MAX_SIZE,
+        f"GET_VRING_BASE: a reply of {len(got.payload)} bytes, must be 8",
+    )
     state = VringState.unpack(got.payload)
     expect(state.index == index, f"GET_VRING_BASE: the reply is for ring {state.index}, asked for {index}")
     return state.num
@@ -334,9 +345,7 @@ def rig_for(
     work = work or work_for(target)
     peer = target.session(features=features, protocol=protocol, without=without)
     rings = rings or work.rings
-    return Rig(
-        target, peer, rings=rings, num=num, base=base, skip=skip, hold_back=hold_back, work=work
-    )
+    return Rig(target, peer, rings=rings, num=num, base=base, skip=skip, hold_back=hold_back, work=work)
 
 
 def running(

@@ -45,6 +45,14 @@ class Failed(Outcome):
     """The rule was broken; the text says how."""
 
 
+class Evidence(Failed):
+    """Failed, with lines that show it."""
+
+    def __init__(self, text: str, lines: list[str]) -> None:
+        super().__init__(text)
+        self.lines = lines
+
+
 class PeerClosed(Failed):
     """The connection ended where an answer was due."""
 

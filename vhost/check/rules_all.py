@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Importing this registers every rule, in the order in which they are checked."""
+"""Importing this registers every rule for back-ends, in the order in which they are checked."""
 
 from __future__ import annotations
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.rig import Rig, running
-from vhost.check.rule import Severity, Skipped, expect, prerequisite, rule
-from vhost.check.target import RING_PACKED, VERSION_1, Target
+from vhost.check.rule import Failed, PeerClosed, Severity, Skipped, expect, rule
+from vhost.check.target import VERSION_1, Target
 from vhost.check.work import Work, blk_read, blk_request
 from vhost.features import BlkF, VirtioF
 from vhost.virtio_blk import ID_BYTES, SECTOR, BlkStatus, BlkType
@@ -60,8 +61,13 @@ for _name, _title, _bits in (
     )(lambda target, bits: many(target, bits))
 
 
-@rule("data.event-idx-calls", "With EVENT_IDX the call comes at the entry that the driver named", section="VIRTIO 2.7.7",
-      features=EVENT_IDX, device="any")  # fmt: skip
+@rule(
+    "data.event-idx-calls",
+    "With EVENT_IDX the call comes at the entry that the driver named",
+    section="VIRTIO 2.7.7",
+    features=EVENT_IDX,
+    device="any",
+)
 def event_idx_calls(target: Target) -> None:
     rig = running(target, features=VERSION_1 | EVENT_IDX)
     ring = rig.main
@@ -75,7 +81,12 @@ def event_idx_calls(target: Target) -> None:
         expect(rig.wait() is not None, "a call came, but no request came back")
 
 
-@rule("data.kick-when-wanted", "A device that asks for no kick finds new work by itself", section="VIRTIO 2.7.10", device="any")
+@rule(
+    "data.kick-when-wanted",
+    "A device that asks for no kick finds new work by itself",
+    section="VIRTIO 2.7.10",
+    device="any",
+)
 def kick_when_wanted(target: Target) -> None:
     rig = running(target)
     for _ in range(rig.num):
@@ -108,7 +119,9 @@ def blk_beyond(target: Target) -> None:
         rig.main.kick()
         expect(rig.wait() is sent, f"a read of sector {sector} of {capacity} did not come back")
         status = sent.contents()[-1][0]
-        expect(status == BlkStatus.IOERR, f"a read of sector {sector} of {capacity}: status {status}, must be 1")
+        expect(
+            status == BlkStatus.IOERR, f"a read of sector {sector} of {capacity}: status {status}, must be 1"
+        )
 
 
 def _capacity(target: Target) -> int:
@@ -127,7 +140,9 @@ def blk_unknown(target: Target) -> None:
     expect(status == BlkStatus.UNSUPP, f"status {status}, must be 2 (UNSUPP)")
 
 
-@rule("data.blk-flush", "FLUSH succeeds where the feature was negotiated", section=BLK, features=0, device="blk")
+@rule(
+    "data.blk-flush", "FLUSH succeeds where the feature was negotiated", section=BLK, features=0, device="blk"
+)
 def blk_flush(target: Target) -> None:
     if not target.offered & BlkF.FLUSH:
         raise Skipped("FLUSH is not offered")
@@ -135,7 +150,12 @@ def blk_flush(target: Target) -> None:
     rig.complete(blk_request(BlkType.FLUSH))
 
 
-@rule("data.blk-layout", "Header, data and status may lie in other descriptors than usual", section="VIRTIO 2.7.4.1", device="blk")
+@rule(
+    "data.blk-layout",
+    "Header, data and status may lie in other descriptors than usual",
+    section="VIRTIO 2.7.4.1",
+    device="blk",
+)
 def blk_layout(target: Target) -> None:
     rig = running(target)
     usual = blk_request(BlkType.GET_ID, room=ID_BYTES)
@@ -144,7 +164,13 @@ def blk_layout(target: Target) -> None:
     rig.complete(cut)
 
 
-@rule("data.blk-write", "What was written can be read again; the sector is restored", section=BLK, device="blk", writes=True)
+@rule(
+    "data.blk-write",
+    "What was written can be read again; the sector is restored",
+    section=BLK,
+    device="blk",
+    writes=True,
+)
 def blk_write(target: Target) -> None:
     if target.offered & BlkF.RO:
         raise Skipped("the disk is read-only")
@@ -168,18 +194,28 @@ def _set_descriptor(rig: Rig, head: int, addr: int, size: int, flags: int, follo
     rig.memory.write(where, _DESC.pack(addr, size, flags, following))
 
 
-@rule("data.bad-address", "A buffer outside the memory table does no harm", section="VIRTIO 2.7.5", severity=Severity.ROBUST,
-      device="any")  # fmt: skip
+@rule(
+    "data.bad-address",
+    "A buffer outside the memory table does no harm",
+    section="VIRTIO 2.7.5",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def bad_address(target: Target) -> None:
     for addr in (0x10, 0xFFFF_FFFF_FFFF_F000, 0x7FFF_FFFF_0000):
         rig = running(target)
         sent = rig.submit()
         _set_descriptor(rig, sent.head, addr, 64, WRITE if not sent.work.readable else 0, 0)
         _survive(rig)
-        target.hang_up()
 
 
-@rule("data.loop", "A chain that goes round does no harm", section="VIRTIO 2.7.5", severity=Severity.ROBUST, device="any")
+@rule(
+    "data.loop",
+    "A chain that goes round does no harm",
+    section="VIRTIO 2.7.5",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def loop(target: Target) -> None:
     rig = running(target)
     sent = rig.submit()
@@ -188,8 +224,13 @@ def loop(target: Target) -> None:
     _survive(rig)
 
 
-@rule("data.next-beyond", "A chain that goes on beyond the table does no harm", section="VIRTIO 2.7.5", severity=Severity.ROBUST,
-      device="any")  # fmt: skip
+@rule(
+    "data.next-beyond",
+    "A chain that goes on beyond the table does no harm",
+    section="VIRTIO 2.7.5",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def next_beyond(target: Target) -> None:
     rig = running(target)
     sent = rig.submit()
@@ -197,8 +238,13 @@ def next_beyond(target: Target) -> None:
     _survive(rig)
 
 
-@rule("data.head-beyond", "An available entry beyond the table does no harm", section="VIRTIO 2.7.6", severity=Severity.ROBUST,
-      device="any")  # fmt: skip
+@rule(
+    "data.head-beyond",
+    "An available entry beyond the table does no harm",
+    section="VIRTIO 2.7.6",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def head_beyond(target: Target) -> None:
     rig = running(target)
     ring = rig.main
@@ -207,8 +253,13 @@ def head_beyond(target: Target) -> None:
     _survive(rig)
 
 
-@rule("data.index-jump", "An available index that jumps beyond the ring's size does no harm", section="VIRTIO 2.7.6",
-      severity=Severity.ROBUST, device="any")  # fmt: skip
+@rule(
+    "data.index-jump",
+    "An available index that jumps beyond the ring's size does no harm",
+    section="VIRTIO 2.7.6",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def index_jump(target: Target) -> None:
     rig = running(target)
     ring = rig.main
@@ -216,8 +267,13 @@ def index_jump(target: Target) -> None:
     _survive(rig)
 
 
-@rule("data.size-wraps", "A buffer whose end is beyond 64 bits does no harm", section="VIRTIO 2.7.5", severity=Severity.ROBUST,
-      device="any")  # fmt: skip
+@rule(
+    "data.size-wraps",
+    "A buffer whose end is beyond 64 bits does no harm",
+    section="VIRTIO 2.7.5",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def size_wraps(target: Target) -> None:
     rig = running(target)
     sent = rig.submit()
@@ -227,8 +283,13 @@ def size_wraps(target: Target) -> None:
     _survive(rig)
 
 
-@rule("data.memory-goes", "Memory that is taken away under a running ring does no harm", section="Memory access",
-      severity=Severity.ROBUST, device="any")  # fmt: skip
+@rule(
+    "data.memory-goes",
+    "Memory that is taken away under a running ring does no harm",
+    section="Memory access",
+    severity=Severity.ROBUST,
+    device="any",
+)
 def memory_goes(target: Target) -> None:
     rig = running(target)
     rig.submit()
@@ -238,16 +299,21 @@ def memory_goes(target: Target) -> None:
 
 
 def _survive(rig: Rig) -> None:
-    with prerequisite("the session ended before"):
-        rig.peer.sync()
     rig.main.kick()
-    rig.wait(timeout=rig.target.settle)
+    with contextlib.suppress(Failed):  # what comes back from a broken ring may be anything
+        rig.wait(timeout=rig.target.settle)
     # The session may have ended: what counts is that a new one works, which is looked at next.
-    rig.peer.refusal(F.GET_QUEUE_NUM)
+    with contextlib.suppress(PeerClosed):
+        rig.peer.sync()
 
 
-@rule("data.broken-lives", "A broken ring leaves the session alive: it still answers", section="Communication",
-      severity=Severity.SHOULD, device="any")  # fmt: skip
+@rule(
+    "data.broken-lives",
+    "A broken ring leaves the session alive: it still answers",
+    section="Communication",
+    severity=Severity.SHOULD,
+    device="any",
+)
 def broken_lives(target: Target) -> None:
     rig = running(target)
     rig.memory.write(rig.main.addr + rig.main.layout.avail + 2, struct.pack("<H", 0x4000))
@@ -256,8 +322,13 @@ def broken_lives(target: Target) -> None:
     rig.peer.sync()
 
 
-@rule("data.broken-err", "A broken ring signals the error descriptor", section="Front-end message types, SET_VRING_ERR",
-      severity=Severity.SHOULD, device="any")  # fmt: skip
+@rule(
+    "data.broken-err",
+    "A broken ring signals the error descriptor",
+    section="Front-end message types, SET_VRING_ERR",
+    severity=Severity.SHOULD,
+    device="any",
+)
 def broken_err(target: Target) -> None:
     rig = running(target)
     ring = rig.main
@@ -268,6 +339,3 @@ def broken_err(target: Target) -> None:
     signalled = ring.called(2 * target.settle)
     ring.call_fd = kept
     expect(signalled, "the ring is broken, and the error descriptor is silent")
-
-
-assert RING_PACKED

@@ -25,13 +25,21 @@ def _offers_protocol(target: Target) -> None:
         raise NotOffered("VHOST_USER_F_PROTOCOL_FEATURES")
 
 
-@rule("features.get", "GET_FEATURES is answered before anything else was said", section=_FEATURES.format("GET_FEATURES"))
+@rule(
+    "features.get",
+    "GET_FEATURES is answered before anything else was said",
+    section=_FEATURES.format("GET_FEATURES"),
+)
 def get(target: Target) -> None:
     target.connect().ask(F.GET_FEATURES)
 
 
-@rule("features.stable", "GET_FEATURES says the same each time", section=_FEATURES.format("GET_FEATURES"),
-      severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "features.stable",
+    "GET_FEATURES says the same each time",
+    section=_FEATURES.format("GET_FEATURES"),
+    severity=Severity.SHOULD,
+)
 def stable(target: Target) -> None:
     peer = target.session()
     later = peer.ask(F.GET_FEATURES).u64
@@ -50,7 +58,9 @@ def _set(target: Target, features: int) -> None:
     peer.do(F.SET_FEATURES, U64(features))
 
 
-@rule("features.set-all", "All features that are offered can be set", section=_FEATURES.format("SET_FEATURES"))
+@rule(
+    "features.set-all", "All features that are offered can be set", section=_FEATURES.format("SET_FEATURES")
+)
 def set_all(target: Target) -> None:
     _set(target, target.offered & ~(LOG_ALL | ACCESS_PLATFORM))
 
@@ -66,16 +76,25 @@ def set_again(target: Target) -> None:
     peer.do(F.SET_FEATURES, U64(peer.features))
 
 
-@rule("features.set-while-running", "The same features can be set again while a ring runs",
-      section="Migration", device="any")  # fmt: skip
+@rule(
+    "features.set-while-running",
+    "The same features can be set again while a ring runs",
+    section="Migration",
+    device="any",
+)
 def set_while_running(target: Target) -> None:
     rig = running(target)
     rig.peer.do(F.SET_FEATURES, U64(rig.peer.features))
     rig.complete()
 
 
-@rule("features.foreign", "Features that were not offered are refused", section="Communication",
-      severity=Severity.SHOULD, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "features.foreign",
+    "Features that were not offered are refused",
+    section="Communication",
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def foreign(target: Target) -> None:
     with prerequisite("a session"):
         peer = target.connect()
@@ -90,7 +109,12 @@ def peer_features(target: Target) -> int:
     return target.offered & (VERSION_1 | PROTOCOL_FEATURES)
 
 
-@rule("features.enable-all", "SET_FEATURES without PROTOCOL_FEATURES enables all rings", section="Ring states", device="any")
+@rule(
+    "features.enable-all",
+    "SET_FEATURES without PROTOCOL_FEATURES enables all rings",
+    section="Ring states",
+    device="any",
+)
 def enable_all(target: Target) -> None:
     work_for(target)
     with prerequisite("a ring cannot be set up"):
@@ -104,8 +128,11 @@ def enable_all(target: Target) -> None:
 # -- protocol features -----------------------------------------------------------------------------
 
 
-@rule("protocol.before-features", "GET and SET_PROTOCOL_FEATURES work before SET_FEATURES",
-      section=_FEATURES.format("GET_PROTOCOL_FEATURES"))  # fmt: skip
+@rule(
+    "protocol.before-features",
+    "GET and SET_PROTOCOL_FEATURES work before SET_FEATURES",
+    section=_FEATURES.format("GET_PROTOCOL_FEATURES"),
+)
 def before_features(target: Target) -> None:
     _offers_protocol(target)
     peer = target.connect()
@@ -114,8 +141,12 @@ def before_features(target: Target) -> None:
     peer.sync()
 
 
-@rule("protocol.stable", "GET_PROTOCOL_FEATURES says the same each time",
-      section=_FEATURES.format("GET_PROTOCOL_FEATURES"), severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "protocol.stable",
+    "GET_PROTOCOL_FEATURES says the same each time",
+    section=_FEATURES.format("GET_PROTOCOL_FEATURES"),
+    severity=Severity.SHOULD,
+)
 def protocol_stable(target: Target) -> None:
     _offers_protocol(target)
     peer = target.session()
@@ -123,8 +154,12 @@ def protocol_stable(target: Target) -> None:
     expect(later == target.protocol, f"{target.protocol:#x} at first, {later:#x} later")
 
 
-@rule("protocol.known", "Only protocol features that the specification has are offered",
-      section="Protocol features", severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "protocol.known",
+    "Only protocol features that the specification has are offered",
+    section="Protocol features",
+    severity=Severity.SHOULD,
+)
 def protocol_known(target: Target) -> None:
     _offers_protocol(target)
     foreign = target.protocol & ~_ALL_KNOWN
@@ -140,8 +175,12 @@ def protocol_none(target: Target) -> None:
     peer.sync()
 
 
-@rule("protocol.one-by-one", "Each protocol feature that stands alone can be set alone",
-      section=_FEATURES.format("SET_PROTOCOL_FEATURES"), severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "protocol.one-by-one",
+    "Each protocol feature that stands alone can be set alone",
+    section=_FEATURES.format("SET_PROTOCOL_FEATURES"),
+    severity=Severity.SHOULD,
+)
 def one_by_one(target: Target) -> None:
     _offers_protocol(target)
     together = _CHANNEL | int(ProtocolF.BACKEND_REQ | ProtocolF.GET_VRING_BASE_INFLIGHT | ProtocolF.XEN_MMAP)
@@ -149,8 +188,11 @@ def one_by_one(target: Target) -> None:
         _protocol(target, 1 << bit).sync()
 
 
-@rule("protocol.all", "All protocol features that are offered can be set together",
-      section=_FEATURES.format("SET_PROTOCOL_FEATURES"))  # fmt: skip
+@rule(
+    "protocol.all",
+    "All protocol features that are offered can be set together",
+    section=_FEATURES.format("SET_PROTOCOL_FEATURES"),
+)
 def protocol_all(target: Target) -> None:
     _offers_protocol(target)
     _protocol(target, target.protocol & ~int(ProtocolF.XEN_MMAP)).sync()
@@ -166,8 +208,13 @@ def _protocol(target: Target, chosen: int) -> Peer:
     return peer
 
 
-@rule("protocol.foreign", "Protocol features that were not offered are refused", section="Communication",
-      severity=Severity.SHOULD, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "protocol.foreign",
+    "Protocol features that were not offered are refused",
+    section="Communication",
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def protocol_foreign(target: Target) -> None:
     peer = _protocol(target, target.protocol & int(ProtocolF.REPLY_ACK | ProtocolF.MQ))
     peer.must_refuse(
@@ -175,15 +222,23 @@ def protocol_foreign(target: Target) -> None:
     )
 
 
-@rule("protocol.mq", "MQ is offered, also with a fixed number of queues", section="Multiple queue support",
-      severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "protocol.mq",
+    "MQ is offered, also with a fixed number of queues",
+    section="Multiple queue support",
+    severity=Severity.SHOULD,
+)
 def mq(target: Target) -> None:
     _offers_protocol(target)
     expect(target.protocol & ProtocolF.MQ, f"offered: {' '.join(feature_names(target.protocol, ProtocolF))}")
 
 
-@rule("protocol.channel", "What uses the back-end's channel is offered with BACKEND_REQ only",
-      section="Back-end communication", severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "protocol.channel",
+    "What uses the back-end's channel is offered with BACKEND_REQ only",
+    section="Back-end communication",
+    severity=Severity.SHOULD,
+)
 def channel(target: Target) -> None:
     _offers_protocol(target)
     users = target.protocol & _CHANNEL
@@ -201,8 +256,13 @@ def owner(target: Target) -> None:
     peer.sync()
 
 
-@rule("owner.reset", "RESET_OWNER discards no state of the connection", section=_FEATURES.format("RESET_OWNER"),
-      severity=Severity.SHOULD, device="any")  # fmt: skip
+@rule(
+    "owner.reset",
+    "RESET_OWNER discards no state of the connection",
+    section=_FEATURES.format("RESET_OWNER"),
+    severity=Severity.SHOULD,
+    device="any",
+)
 def owner_reset(target: Target) -> None:
     rig = running(target)
     rig.peer.do(F.RESET_OWNER)
@@ -211,8 +271,12 @@ def owner_reset(target: Target) -> None:
     rig.complete()
 
 
-@rule("queues.number", "GET_QUEUE_NUM says that there is at least one queue", section="Multiple queue support",
-      protocol=ProtocolF.MQ)  # fmt: skip
+@rule(
+    "queues.number",
+    "GET_QUEUE_NUM says that there is at least one queue",
+    section="Multiple queue support",
+    protocol=ProtocolF.MQ,
+)
 def number(target: Target) -> None:
     peer = target.session()
     first, second = (peer.ask(F.GET_QUEUE_NUM).u64 for _ in range(2))
@@ -220,16 +284,25 @@ def number(target: Target) -> None:
     expect(first == second, f"{first} queues, then {second}")
 
 
-@rule("queues.usable", "Each queue below GET_QUEUE_NUM exists", section="Multiple queue support",
-      protocol=ProtocolF.MQ | ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "queues.usable",
+    "Each queue below GET_QUEUE_NUM exists",
+    section="Multiple queue support",
+    protocol=ProtocolF.MQ | ProtocolF.REPLY_ACK,
+)
 def usable(target: Target) -> None:
     peer = target.session()
     for index in range(min(target.queues, 256)):
         peer.do(F.SET_VRING_NUM, VringState(index, 16))
 
 
-@rule("queues.beyond", "A queue far beyond GET_QUEUE_NUM is refused", section="Multiple queue support",
-      severity=Severity.SHOULD, protocol=ProtocolF.MQ | ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "queues.beyond",
+    "A queue far beyond GET_QUEUE_NUM is refused",
+    section="Multiple queue support",
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.MQ | ProtocolF.REPLY_ACK,
+)
 def beyond(target: Target) -> None:
     for index in (0xFFFF, 0x10000, 0xFFFFFFFF):
         target.session().must_refuse(

@@ -70,27 +70,41 @@ def order(target: Target) -> None:
         expect(got == number, f"answer {place} is to {name_of(got)}, request {place} was {number.name}")
 
 
-@rule("header.byte-by-byte", "A message that arrives in pieces is one message", section=COMMUNICATION)
+@rule(
+    "header.byte-by-byte",
+    "A message that arrives in pieces is one message",
+    section=COMMUNICATION,
+    severity=Severity.ROBUST,
+)
 def byte_by_byte(target: Target) -> None:
     peer = target.connect()
     for byte in frame(F.GET_FEATURES):
         peer.send_bytes(bytes([byte]))
+        peer.drained(target.settle / 4)
     value = peer.answer(F.GET_FEATURES).u64
     expect(value == target.offered, f"features {value:#x}, on another connection {target.offered:#x}")
 
 
-@rule("header.payload-apart", "A payload may arrive after its header", section=COMMUNICATION)
+@rule(
+    "header.payload-apart",
+    "A payload may arrive after its header",
+    section=COMMUNICATION,
+    severity=Severity.ROBUST,
+)
 def payload_apart(target: Target) -> None:
     peer = target.session()
     whole = frame(F.SET_VRING_NUM, VringState(0, 16).pack())
-    peer.send_bytes(whole[:12])
-    peer.send_bytes(whole[12:15])
-    peer.send_bytes(whole[15:])
+    for piece in (whole[:12], whole[12:15], whole[15:]):
+        peer.send_bytes(piece)
+        peer.drained(target.settle)
     peer.sync()
 
 
-@rule("header.no-unasked-reply", "A request without a reply of its own is not answered unasked",
-      section=COMMUNICATION)  # fmt: skip
+@rule(
+    "header.no-unasked-reply",
+    "A request without a reply of its own is not answered unasked",
+    section=COMMUNICATION,
+)
 def no_unasked_reply(target: Target) -> None:
     peer = target.session()
     peer.send(F.SET_VRING_NUM, VringState(0, 16))
@@ -98,22 +112,34 @@ def no_unasked_reply(target: Target) -> None:
     peer.sync()
 
 
-@rule("header.unknown-request", "An unknown request gets no answer where none was asked for; or the session ends",
-      section=COMMUNICATION, severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "header.unknown-request",
+    "An unknown request gets no answer where none was asked for; or the session ends",
+    section=COMMUNICATION,
+    severity=Severity.ROBUST,
+)
 def unknown_request(target: Target) -> None:
     for number in (0, 200, 0x7FFFFFFF):
         target.session(without=int(ProtocolF.REPLY_ACK)).survive(number, b"\0" * 8)
 
 
-@rule("header.unknown-need-reply", "An unknown request with need_reply is refused, or the session ends",
-      section="VHOST_USER_PROTOCOL_F_REPLY_ACK", protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "header.unknown-need-reply",
+    "An unknown request with need_reply is refused, or the session ends",
+    section="VHOST_USER_PROTOCOL_F_REPLY_ACK",
+    protocol=ProtocolF.REPLY_ACK,
+)
 def unknown_need_reply(target: Target) -> None:
     for number in (0, 200, 0x7FFFFFFF):
         target.session().must_refuse(number, "there is no such request", b"\0" * 8)
 
 
-@rule("header.other-version", "A message of another version is not acted upon", section=HEADER,
-      severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "header.other-version",
+    "A message of another version is not acted upon",
+    section=HEADER,
+    severity=Severity.SHOULD,
+)
 def other_version(target: Target) -> None:
     for number in (0, 2, 3):
         peer = target.session()
@@ -123,8 +149,12 @@ def other_version(target: Target) -> None:
         expect(closed or not answered, f"a request of version {number} was answered")
 
 
-@rule("header.reply-as-request", "A request with the reply flag does no harm", section=HEADER,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "header.reply-as-request",
+    "A request with the reply flag does no harm",
+    section=HEADER,
+    severity=Severity.ROBUST,
+)
 def reply_as_request(target: Target) -> None:
     peer = target.session()
     peer.send(F.GET_FEATURES, reply=True)

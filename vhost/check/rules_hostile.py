@@ -35,7 +35,12 @@ def _pour(peer: Peer, data: bytes) -> None:
         return
 
 
-@rule("hostile.huge-size", "A header that announces 4 GiB ends the session at most", section=SECTION, severity=ROBUST)
+@rule(
+    "hostile.huge-size",
+    "A header that announces 4 GiB ends the session at most",
+    section=SECTION,
+    severity=ROBUST,
+)
 def huge_size(target: Target) -> None:
     for number in (F.GET_FEATURES, F.SET_MEM_TABLE, 99):
         peer = target.connect()
@@ -43,14 +48,24 @@ def huge_size(target: Target) -> None:
         peer.ended(target.settle)
 
 
-@rule("hostile.short-payload", "A payload that is too short is refused, or the session ends", section=SECTION,
-      severity=Severity.SHOULD, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "hostile.short-payload",
+    "A payload that is too short is refused, or the session ends",
+    section=SECTION,
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def short_payload(target: Target) -> None:
     for number in _FIXED:
         target.session().must_refuse(number, "its payload has 3 bytes", b"\0\0\0")
 
 
-@rule("hostile.empty-payload", "A request without the payload that it must have does no harm", section=SECTION, severity=ROBUST)
+@rule(
+    "hostile.empty-payload",
+    "A request without the payload that it must have does no harm",
+    section=SECTION,
+    severity=ROBUST,
+)
 def empty_payload(target: Target) -> None:
     for number, row in FRONTEND.items():
         if row.request.MIN_SIZE and row.feature is None:
@@ -66,14 +81,24 @@ def long_payload(target: Target) -> None:
         peer.survive(number, b"\0" * 200)
 
 
-@rule("hostile.get-with-payload", "A payload with a request that has none does no harm", section=SECTION, severity=ROBUST)
+@rule(
+    "hostile.get-with-payload",
+    "A payload with a request that has none does no harm",
+    section=SECTION,
+    severity=ROBUST,
+)
 def get_with_payload(target: Target) -> None:
     peer = target.session()
     peer.send(F.GET_FEATURES, b"\xff" * 64)
     peer.ended(target.settle)
 
 
-@rule("hostile.unasked-fds", "Descriptors with a request that has none are closed", section="Communication", severity=ROBUST)
+@rule(
+    "hostile.unasked-fds",
+    "Descriptors with a request that has none are closed",
+    section="Communication",
+    severity=ROBUST,
+)
 def unasked_fds(target: Target) -> None:
     peer = target.session()
     before = target.open_fds()
@@ -84,10 +109,17 @@ def unasked_fds(target: Target) -> None:
     except PeerClosed:
         return
     after = target.open_fds()
-    expect(after <= before, f"{before} descriptors were open before, {after} are after 8 messages with two each")
+    expect(
+        after <= before, f"{before} descriptors were open before, {after} are after 8 messages with two each"
+    )
 
 
-@rule("hostile.many-fds", "253 descriptors with one message end the session at most", section="Communication", severity=ROBUST)
+@rule(
+    "hostile.many-fds",
+    "253 descriptors with one message end the session at most",
+    section="Communication",
+    severity=ROBUST,
+)
 def many_fds(target: Target) -> None:
     peer = target.session()
     fd = target.eventfd()
@@ -97,7 +129,12 @@ def many_fds(target: Target) -> None:
         return
 
 
-@rule("hostile.fds-per-byte", "A message of which each byte brings a descriptor does no harm", section="Communication", severity=ROBUST)
+@rule(
+    "hostile.fds-per-byte",
+    "A message of which each byte brings a descriptor does no harm",
+    section="Communication",
+    severity=ROBUST,
+)
 def fds_per_byte(target: Target) -> None:
     peer = target.session()
     fd = target.eventfd()
@@ -109,7 +146,12 @@ def fds_per_byte(target: Target) -> None:
     peer.ended(target.settle)
 
 
-@rule("hostile.wrong-fd", "A kick that is a plain file does no harm", section="Front-end message types, SET_VRING_KICK", severity=ROBUST)
+@rule(
+    "hostile.wrong-fd",
+    "A kick that is a plain file does no harm",
+    section="Front-end message types, SET_VRING_KICK",
+    severity=ROBUST,
+)
 def wrong_fd(target: Target) -> None:
     peer = target.session()
     with open("/dev/zero", "rb") as file:
@@ -120,13 +162,22 @@ def wrong_fd(target: Target) -> None:
             peer.survive(F.SET_VRING_CALL, U64(0), [a.fileno()])
 
 
-@rule("hostile.mem-count", "A table of 4 billion regions in 8 bytes does no harm", section="Multiple Memory regions description",
-      severity=ROBUST)  # fmt: skip
+@rule(
+    "hostile.mem-count",
+    "A table of 4 billion regions in 8 bytes does no harm",
+    section="Multiple Memory regions description",
+    severity=ROBUST,
+)
 def mem_count(target: Target) -> None:
     target.session().survive(F.SET_MEM_TABLE, struct.pack("=II", 0xFFFFFFFF, 0))
 
 
-@rule("hostile.flood", "A thousand requests at once are answered, or the session ends", section="Communication", severity=ROBUST)
+@rule(
+    "hostile.flood",
+    "A thousand requests at once are answered, or the session ends",
+    section="Communication",
+    severity=ROBUST,
+)
 def flood(target: Target) -> None:
     peer = target.connect()
     many = 1000
@@ -148,20 +199,35 @@ def flood(target: Target) -> None:
     peer.sync()
 
 
-@rule("hostile.not-served", "Each request of the specification that was not negotiated is refused, or the session ends",
-      section="Communication", severity=Severity.SHOULD, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "hostile.not-served",
+    "Each request of the specification that was not negotiated is refused, or the session ends",
+    section="Communication",
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def not_served(target: Target) -> None:
     granted = []
     for number, row in FRONTEND.items():
-        if not isinstance(row.feature, ProtocolF) or row.feature_bit & target.protocol or row.reply or row.fds.most:
+        if (
+            not isinstance(row.feature, ProtocolF)
+            or row.feature_bit & target.protocol
+            or row.reply
+            or row.fds.most
+        ):
             continue
         if not target.session().refusal(number, bytes(row.request.MIN_SIZE)):
             granted.append(row.name)
     expect(not granted, f"granted although the feature is not offered: {' '.join(granted)}")
 
 
-@rule("hostile.get-not-served", "A request with a reply that was not negotiated does not hang: it is answered, or the session ends",
-      section="Communication", severity=ROBUST, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "hostile.get-not-served",
+    "A request with a reply that was not negotiated does not hang: it is answered, or the session ends",
+    section="Communication",
+    severity=ROBUST,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def get_not_served(target: Target) -> None:
     for number, row in FRONTEND.items():
         if isinstance(row.feature, ProtocolF) and not row.feature_bit & target.protocol and row.reply:

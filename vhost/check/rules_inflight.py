@@ -28,11 +28,17 @@ _DESC = struct.Struct("=B5xHQ")
 def _get(peer: Peer, queues: int = 1) -> tuple[Inflight, int]:
     """The buffer: its description and its descriptor, which the connection closes."""
     got = peer.ask(F.GET_INFLIGHT_FD, Inflight(0, 0, queues, NUM))
-    expect(len(got.payload) in (20, 24), f"GET_INFLIGHT_FD: a payload of {len(got.payload)} bytes, must be 20 or 24")
+    expect(
+        len(got.payload) in (20, 24),
+        f"GET_INFLIGHT_FD: a payload of {len(got.payload)} bytes, must be 20 or 24",
+    )
     told = Inflight.unpack(got.payload)
     if told.mmap_size == 0:
         raise Skipped("GET_INFLIGHT_FD gives no buffer: size 0")
-    expect(len(got.fds) == 1, f"GET_INFLIGHT_FD: {len(got.fds)} descriptors with a buffer of {told.mmap_size} bytes")
+    expect(
+        len(got.fds) == 1,
+        f"GET_INFLIGHT_FD: {len(got.fds)} descriptors with a buffer of {told.mmap_size} bytes",
+    )
     return told, got.fds[0]
 
 
@@ -40,7 +46,12 @@ def _session(target: Target) -> Peer:
     return target.session(protocol=int(_SHMFD))
 
 
-@rule("inflight.get", "GET_INFLIGHT_FD gives a buffer with its descriptor, or none", section=GET, protocol=_SHMFD)
+@rule(
+    "inflight.get",
+    "GET_INFLIGHT_FD gives a buffer with its descriptor, or none",
+    section=GET,
+    protocol=_SHMFD,
+)
 def get(target: Target) -> None:
     _get(_session(target))
 
@@ -50,7 +61,9 @@ def size(target: Target) -> None:
     queues = max(1, min(target.queues, 4))
     told, fd = _get(_session(target), queues)
     least = queues * (_HEAD.size + NUM * _DESC.size)
-    expect(told.mmap_size >= least, f"{told.mmap_size} bytes for {queues} queues of {NUM}, {least} are needed")
+    expect(
+        told.mmap_size >= least, f"{told.mmap_size} bytes for {queues} queues of {NUM}, {least} are needed"
+    )
     length = os.fstat(fd).st_size
     expect(
         length >= told.mmap_offset + told.mmap_size,
@@ -58,7 +71,9 @@ def size(target: Target) -> None:
     )
 
 
-@rule("inflight.fresh", "A new buffer tracks nothing: no entry is in flight", section=SECTION, protocol=_SHMFD)
+@rule(
+    "inflight.fresh", "A new buffer tracks nothing: no entry is in flight", section=SECTION, protocol=_SHMFD
+)
 def fresh(target: Target) -> None:
     told, fd = _get(_session(target))
     _expect_nothing_in_flight(_read(told, fd))
@@ -90,7 +105,12 @@ def again(target: Target) -> None:
     expect(len(sizes) == 1, f"sizes {sizes} for the same request")
 
 
-@rule("inflight.set", "SET_INFLIGHT_FD accepts the buffer that GET_INFLIGHT_FD gave", section=SET, protocol=_SHMFD)
+@rule(
+    "inflight.set",
+    "SET_INFLIGHT_FD accepts the buffer that GET_INFLIGHT_FD gave",
+    section=SET,
+    protocol=_SHMFD,
+)
 def set_(target: Target) -> None:
     peer = _session(target)
     told, fd = _get(peer)
@@ -106,15 +126,25 @@ def set_other(target: Target) -> None:
     _session(target).do(F.SET_INFLIGHT_FD, told, [kept])
 
 
-@rule("inflight.set-without-fd", "SET_INFLIGHT_FD without a descriptor is refused", section=SET, protocol=_SHMFD | ProtocolF.REPLY_ACK)
+@rule(
+    "inflight.set-without-fd",
+    "SET_INFLIGHT_FD without a descriptor is refused",
+    section=SET,
+    protocol=_SHMFD | ProtocolF.REPLY_ACK,
+)
 def without_fd(target: Target) -> None:
     peer = _session(target)
     told, _ = _get(peer)
     peer.must_refuse(F.SET_INFLIGHT_FD, "no descriptor came with it", told)
 
 
-@rule("inflight.too-small", "A buffer that is too small for its queues is refused", section=SET, severity=Severity.SHOULD,
-      protocol=_SHMFD | ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "inflight.too-small",
+    "A buffer that is too small for its queues is refused",
+    section=SET,
+    severity=Severity.SHOULD,
+    protocol=_SHMFD | ProtocolF.REPLY_ACK,
+)
 def too_small(target: Target) -> None:
     fd = target.keep(memfd(64))
     _session(target).must_refuse(
@@ -122,16 +152,28 @@ def too_small(target: Target) -> None:
     )
 
 
-@rule("inflight.beyond-file", "A buffer that is larger than its file does no harm", section=SET, severity=Severity.ROBUST,
-      protocol=_SHMFD, device="any")  # fmt: skip
+@rule(
+    "inflight.beyond-file",
+    "A buffer that is larger than its file does no harm",
+    section=SET,
+    severity=Severity.ROBUST,
+    protocol=_SHMFD,
+    device="any",
+)
 def beyond_file(target: Target) -> None:
     rig = rig_for(target, protocol=int(_SHMFD))
     fd = target.keep(memfd(0))
     _hostile_start(rig, Inflight(4096, 0, len(rig.rings), NUM), fd)
 
 
-@rule("inflight.lies", "A buffer whose version, size and entries are nonsense does no harm", section=SET,
-      severity=Severity.ROBUST, protocol=_SHMFD, device="any")  # fmt: skip
+@rule(
+    "inflight.lies",
+    "A buffer whose version, size and entries are nonsense does no harm",
+    section=SET,
+    severity=Severity.ROBUST,
+    protocol=_SHMFD,
+    device="any",
+)
 def lies(target: Target) -> None:
     for head in ((1, 0xFFFF), (0xFFFF, NUM), (1, 0)):
         rig = rig_for(target, protocol=int(_SHMFD))
@@ -141,7 +183,6 @@ def lies(target: Target) -> None:
         content = _HEAD.pack(0, *head, 0xFFFF, 0x7FFF) + _DESC.pack(1, 0xFFFF, 1 << 63) * NUM
         os.pwrite(fd, content, told.mmap_offset)
         _hostile_start(rig, told, fd)
-        target.hang_up()
 
 
 def _hostile_start(rig: Rig, told: Inflight, fd: int) -> None:
@@ -165,15 +206,18 @@ def _tracked(target: Target) -> tuple[Rig, Region]:
         told, fd = _get(rig.peer, len(rig.rings))
         length = os.fstat(fd).st_size
         expect(length >= told.mmap_offset + told.mmap_size, "the file is shorter than the buffer")
-        region = Region.from_fd(
-            fd, told.mmap_size, guest_addr=0, user_addr=0, mmap_offset=told.mmap_offset
-        )
+        region = Region.from_fd(fd, told.mmap_size, guest_addr=0, user_addr=0, mmap_offset=told.mmap_offset)
         rig.peer.do(F.SET_INFLIGHT_FD, told, [fd])
     return rig, region
 
 
-@rule("inflight.tracks", "After a request came back, its entry is clear and used_idx follows the used ring", section=SECTION,
-      protocol=_SHMFD, device="any")  # fmt: skip
+@rule(
+    "inflight.tracks",
+    "After a request came back, its entry is clear and used_idx follows the used ring",
+    section=SECTION,
+    protocol=_SHMFD,
+    device="any",
+)
 def tracks(target: Target) -> None:
     rig, region = _tracked(target)
     with prerequisite("a ring cannot be started"):
@@ -190,8 +234,13 @@ def tracks(target: Target) -> None:
     _expect_nothing_in_flight(data)
 
 
-@rule("inflight.resubmits", "A request that is marked in flight is done again, and no other", section=SECTION,
-      protocol=_SHMFD, device="any")  # fmt: skip
+@rule(
+    "inflight.resubmits",
+    "A request that is marked in flight is done again, and no other",
+    section=SECTION,
+    protocol=_SHMFD,
+    device="any",
+)
 def resubmits(target: Target) -> None:
     rig, region = _tracked(target)
     ring = rig.main
@@ -208,7 +257,9 @@ def resubmits(target: Target) -> None:
     view[: _HEAD.size] = _HEAD.pack(0, 1, NUM, done.head, 1)
     for head in range(NUM):
         offset = _HEAD.size + head * _DESC.size
-        view[offset : offset + _DESC.size] = _DESC.pack(int(head == lost.head), 0, 1 if head == lost.head else 0)
+        view[offset : offset + _DESC.size] = _DESC.pack(
+            int(head == lost.head), 0, 1 if head == lost.head else 0
+        )
     with prerequisite("a ring cannot be set up"):
         rig.share()
         for other in rig.rings:

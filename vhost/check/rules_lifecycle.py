@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import time
 
 from vhost.check.peer import FrontendMsg as F
@@ -25,14 +24,24 @@ def _again(target: Target, peer: Peer) -> None:
     target.connect().ask(F.GET_FEATURES)
 
 
-@rule("lifecycle.reconnect", "After a connection another one is served", section=RECONNECT, severity=Severity.SHOULD)
+@rule(
+    "lifecycle.reconnect",
+    "After a connection another one is served",
+    section=RECONNECT,
+    severity=Severity.SHOULD,
+)
 def reconnect(target: Target) -> None:
     for _ in range(3):
         peer = target.session()
         _again(target, peer)
 
 
-@rule("lifecycle.silent", "A connection on which nothing was said may end", section=SECTION, severity=Severity.ROBUST)
+@rule(
+    "lifecycle.silent",
+    "A connection on which nothing was said may end",
+    section=SECTION,
+    severity=Severity.ROBUST,
+)
 def silent(target: Target) -> None:
     _again(target, target.connect())
 
@@ -44,15 +53,21 @@ def half_header(target: Target) -> None:
     _again(target, peer)
 
 
-@rule("lifecycle.half-payload", "A connection may end in a payload", section=SECTION, severity=Severity.ROBUST)
+@rule(
+    "lifecycle.half-payload", "A connection may end in a payload", section=SECTION, severity=Severity.ROBUST
+)
 def half_payload(target: Target) -> None:
     peer = target.connect()
     peer.send_bytes(frame(F.SET_FEATURES, U64(0).pack())[:15])
     _again(target, peer)
 
 
-@rule("lifecycle.half-with-fd", "A connection may end in a message that brought a descriptor; it is closed", section=SECTION,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "lifecycle.half-with-fd",
+    "A connection may end in a message that brought a descriptor; it is closed",
+    section=SECTION,
+    severity=Severity.ROBUST,
+)
 def half_with_fd(target: Target) -> None:
     read, write = socket.socketpair()
     target.finally_(read.close)
@@ -64,10 +79,17 @@ def half_with_fd(target: Target) -> None:
     try:
         expect(read.recv(1) == b"", "the other end says something")
     except TimeoutError:
-        raise Failed(f"the descriptor is still open {target.timeout:g} s after the connection's end") from None
+        raise Failed(
+            f"the descriptor is still open {target.timeout:g} s after the connection's end"
+        ) from None
 
 
-@rule("lifecycle.reply-unread", "A connection may end before the reply was read", section=SECTION, severity=Severity.ROBUST)
+@rule(
+    "lifecycle.reply-unread",
+    "A connection may end before the reply was read",
+    section=SECTION,
+    severity=Severity.ROBUST,
+)
 def reply_unread(target: Target) -> None:
     peer = target.connect()
     for _ in range(20):
@@ -75,8 +97,13 @@ def reply_unread(target: Target) -> None:
     _again(target, peer)
 
 
-@rule("lifecycle.running", "A connection may end while rings run, and the next session runs", section=RECONNECT,
-      severity=Severity.SHOULD, device="any")  # fmt: skip
+@rule(
+    "lifecycle.running",
+    "A connection may end while rings run, and the next session runs",
+    section=RECONNECT,
+    severity=Severity.SHOULD,
+    device="any",
+)
 def ends_running(target: Target) -> None:
     for _ in range(2):
         rig = running(target)
@@ -86,21 +113,29 @@ def ends_running(target: Target) -> None:
     running(target).complete()
 
 
-@rule("lifecycle.half-close", "A front-end that shuts down its sending half ends the session", section=SECTION,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "lifecycle.half-close",
+    "A front-end that shuts down its sending half ends the session",
+    section=SECTION,
+    severity=Severity.ROBUST,
+)
 def half_close(target: Target) -> None:
     peer = target.session()
     peer.socket.shutdown(socket.SHUT_WR)
     expect(peer.ended(), f"the connection is still open after {target.timeout:g} s")
 
 
-@rule("lifecycle.second", "A second connection does not disturb the first", section=SECTION, severity=Severity.SHOULD)
+@rule(
+    "lifecycle.second",
+    "A second connection does not disturb the first",
+    section=SECTION,
+    severity=Severity.SHOULD,
+)
 def second(target: Target) -> None:
     if target.once:
         raise Skipped("the program serves one connection and ends")
     first = target.session()
-    other = Peer(target.socket(), target.timeout)
-    target.peers.append(other)
+    other = target.connect(beside=True)
     try:
         other.send(F.GET_FEATURES)
         other.receive(target.settle)
@@ -111,7 +146,12 @@ def second(target: Target) -> None:
     first.sync()
 
 
-@rule("lifecycle.many", "A connection may be one of many that come and go", section=RECONNECT, severity=Severity.ROBUST)
+@rule(
+    "lifecycle.many",
+    "A connection may be one of many that come and go",
+    section=RECONNECT,
+    severity=Severity.ROBUST,
+)
 def many(target: Target) -> None:
     if target.once:
         raise Skipped("the program serves one connection and ends")
@@ -119,7 +159,13 @@ def many(target: Target) -> None:
         target.hang_up(target.session())
 
 
-@rule("lifecycle.fds", "A session that ended leaves no descriptors behind", section=RECONNECT, severity=Severity.ROBUST, device="any")
+@rule(
+    "lifecycle.fds",
+    "A session that ended leaves no descriptors behind",
+    section=RECONNECT,
+    severity=Severity.ROBUST,
+    device="any",
+)
 def fds(target: Target) -> None:
     if target.once:
         raise Skipped("the program serves one connection and ends")
@@ -149,6 +195,3 @@ def _settled_fds(target: Target, wanted: int | None) -> int:
     found = target.open_fds()
     target.hang_up(probe)
     return found
-
-
-assert struct

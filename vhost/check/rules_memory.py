@@ -7,7 +7,7 @@ import struct
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer, memfd
-from vhost.check.rig import describe, rig_for, running
+from vhost.check.rig import GUEST_ADDR, describe, rig_for, running
 from vhost.check.rule import Failed, Severity, Skipped, expect, prerequisite, rule
 from vhost.check.target import Target
 from vhost.features import ProtocolF
@@ -59,14 +59,30 @@ def replace(target: Target) -> None:
         peer.do(F.SET_MEM_TABLE, MemTable(tuple(regions)), fds)
 
 
-@rule("memory.offset", "A region may begin inside its file (mmap offset)", section="Memory region description", device="any")
+@rule("memory.order", "The regions of a table may come in any order", section=TABLE)
+def order(target: Target) -> None:
+    regions, fds = _regions(target, 3)
+    target.session().do(F.SET_MEM_TABLE, MemTable(tuple(reversed(regions))), fds[::-1])
+
+
+@rule(
+    "memory.offset",
+    "A region may begin inside its file (mmap offset)",
+    section="Memory region description",
+    device="any",
+)
 def offset(target: Target) -> None:
     rig = rig_for(target, skip=4 * PAGE)
     rig.start()
     rig.complete()
 
 
-@rule("memory.addresses", "Rings are placed by user addresses, buffers by guest addresses", section=ACCESS, device="any")
+@rule(
+    "memory.addresses",
+    "Rings are placed by user addresses, buffers by guest addresses",
+    section=ACCESS,
+    device="any",
+)
 def addresses(target: Target) -> None:
     rig = rig_for(target)
     expect(rig.region.user_addr != rig.region.guest_addr, "the rig's addresses are the same")
@@ -74,17 +90,22 @@ def addresses(target: Target) -> None:
     rig.complete()
 
 
-@rule("memory.on-the-fly", "The table can be sent again while a ring runs", section="Ring states", device="any")
+@rule(
+    "memory.on-the-fly", "The table can be sent again while a ring runs", section="Ring states", device="any"
+)
 def on_the_fly(target: Target) -> None:
     rig = running(target)
     rig.share()
     rig.complete()
-    extra, fds = _regions(target, 1)
-    rig.peer.do(F.SET_MEM_TABLE, MemTable((describe(rig.region), extra[0])), [rig.file.fd, *fds])
+    extra = MemoryRegion(2 * GUEST_ADDR, SIZE, 0x7000_0000_0000)
+    table = MemTable((describe(rig.region), extra))
+    rig.peer.do(F.SET_MEM_TABLE, table, [rig.file.fd, target.keep(memfd(SIZE))])
     rig.complete()
 
 
-@rule("memory.fewer-fds", "A table with fewer descriptors than regions is refused", section=TABLE, protocol=_ACK)
+@rule(
+    "memory.fewer-fds", "A table with fewer descriptors than regions is refused", section=TABLE, protocol=_ACK
+)
 def fewer_fds(target: Target) -> None:
     regions, fds = _regions(target, 2)
     target.session().must_refuse(
@@ -92,8 +113,13 @@ def fewer_fds(target: Target) -> None:
     )
 
 
-@rule("memory.more-fds", "A table with more descriptors than regions is refused", section=TABLE, severity=Severity.SHOULD,
-      protocol=_ACK)  # fmt: skip
+@rule(
+    "memory.more-fds",
+    "A table with more descriptors than regions is refused",
+    section=TABLE,
+    severity=Severity.SHOULD,
+    protocol=_ACK,
+)
 def more_fds(target: Target) -> None:
     regions, fds = _regions(target, 2)
     target.session().must_refuse(
@@ -101,8 +127,12 @@ def more_fds(target: Target) -> None:
     )
 
 
-@rule("memory.count", "A number of regions that does not fit the message is refused", section="Multiple Memory regions description",
-      protocol=_ACK)  # fmt: skip
+@rule(
+    "memory.count",
+    "A number of regions that does not fit the message is refused",
+    section="Multiple Memory regions description",
+    protocol=_ACK,
+)
 def count(target: Target) -> None:
     regions, fds = _regions(target, 1)
     for claimed in (2, 33, 0xFFFFFFFF):
@@ -116,36 +146,54 @@ def none(target: Target) -> None:
     target.session().survive(F.SET_MEM_TABLE, _table())
 
 
-@rule("memory.zero-size", "A region of no bytes is refused or harmless", section=TABLE, severity=Severity.ROBUST)
+@rule(
+    "memory.zero-size", "A region of no bytes is refused or harmless", section=TABLE, severity=Severity.ROBUST
+)
 def zero_size(target: Target) -> None:
     fd = target.keep(memfd(SIZE))
     target.session().survive(F.SET_MEM_TABLE, _table(MemoryRegion(0x1000, 0, 0x7000_0000_0000)), [fd])
 
 
-@rule("memory.huge", "A region whose end is beyond 64 bits is refused", section=TABLE, severity=Severity.SHOULD, protocol=_ACK)
+@rule(
+    "memory.huge",
+    "A region whose end is beyond 64 bits is refused",
+    section=TABLE,
+    severity=Severity.SHOULD,
+    protocol=_ACK,
+)
 def huge(target: Target) -> None:
     fd = target.keep(memfd(SIZE))
     region = MemoryRegion(0xFFFF_FFFF_FFFF_0000, 0x20000, 0x7000_0000_0000)
     target.session().must_refuse(F.SET_MEM_TABLE, "its end wraps around", _table(region), [fd])
 
 
-@rule("memory.mmap-offset-huge", "An mmap offset that with the size is beyond 64 bits is refused", section=TABLE,
-      severity=Severity.SHOULD, protocol=_ACK)  # fmt: skip
+@rule(
+    "memory.mmap-offset-huge",
+    "An mmap offset that with the size is beyond 64 bits is refused",
+    section=TABLE,
+    severity=Severity.SHOULD,
+    protocol=_ACK,
+)
 def mmap_offset_huge(target: Target) -> None:
     fd = target.keep(memfd(SIZE))
     region = MemoryRegion(0x1000_0000, SIZE, 0x7000_0000_0000, 0xFFFF_FFFF_FFFF_F000)
     target.session().must_refuse(F.SET_MEM_TABLE, "its place in the file wraps around", _table(region), [fd])
 
 
-@rule("memory.beyond-file", "A region that is larger than its file does no harm", section=TABLE, severity=Severity.ROBUST)
+@rule(
+    "memory.beyond-file",
+    "A region that is larger than its file does no harm",
+    section=TABLE,
+    severity=Severity.ROBUST,
+)
 def beyond_file(target: Target) -> None:
     fd = target.keep(memfd(PAGE))
-    target.session().survive(
-        F.SET_MEM_TABLE, _table(MemoryRegion(0x1000_0000, SIZE, 0x7000_0000_0000)), [fd]
-    )
+    target.session().survive(F.SET_MEM_TABLE, _table(MemoryRegion(0x1000_0000, SIZE, 0x7000_0000_0000)), [fd])
 
 
-@rule("memory.overlap", "Regions that overlap are refused or harmless", section=TABLE, severity=Severity.ROBUST)
+@rule(
+    "memory.overlap", "Regions that overlap are refused or harmless", section=TABLE, severity=Severity.ROBUST
+)
 def overlap(target: Target) -> None:
     regions, fds = _regions(target, 1)
     target.session().survive(F.SET_MEM_TABLE, _table(regions[0], regions[0]), [fds[0], fds[0]])
@@ -166,8 +214,12 @@ def _slots(target: Target) -> Peer:
     return target.session(protocol=int(_SLOTS))
 
 
-@rule("slots.number", "GET_MAX_MEM_SLOTS says that there is room for at least one region",
-      section="Front-end message types, GET_MAX_MEM_SLOTS", protocol=_SLOTS)  # fmt: skip
+@rule(
+    "slots.number",
+    "GET_MAX_MEM_SLOTS says that there is room for at least one region",
+    section="Front-end message types, GET_MAX_MEM_SLOTS",
+    protocol=_SLOTS,
+)
 def number(target: Target) -> None:
     peer = _slots(target)
     first, second = (peer.ask(F.GET_MAX_MEM_SLOTS).u64 for _ in range(2))
@@ -204,14 +256,26 @@ def all_slots(target: Target) -> None:
             raise Failed(f"region {place} of {slots}: {error}") from None
 
 
-@rule("slots.ring", "A device runs on memory that was added by ADD_MEM_REG", section=ADD, protocol=_SLOTS, device="any")
+@rule(
+    "slots.ring",
+    "A device runs on memory that was added by ADD_MEM_REG",
+    section=ADD,
+    protocol=_SLOTS,
+    device="any",
+)
 def slots_ring(target: Target) -> None:
     rig = rig_for(target, protocol=int(_SLOTS))
     rig.start()
     rig.complete()
 
 
-@rule("slots.on-the-fly", "A region can be added and removed while a ring runs", section=ADD, protocol=_SLOTS, device="any")
+@rule(
+    "slots.on-the-fly",
+    "A region can be added and removed while a ring runs",
+    section=ADD,
+    protocol=_SLOTS,
+    device="any",
+)
 def slots_on_the_fly(target: Target) -> None:
     rig = running(target, protocol=int(_SLOTS))
     regions, fds = _regions(target, 1)
@@ -221,8 +285,13 @@ def slots_on_the_fly(target: Target) -> None:
     rig.complete()
 
 
-@rule("slots.use-added", "A region that was added while a ring runs can be used at once", section=ADD, protocol=_SLOTS,
-      device="any")  # fmt: skip
+@rule(
+    "slots.use-added",
+    "A region that was added while a ring runs can be used at once",
+    section=ADD,
+    protocol=_SLOTS,
+    device="any",
+)
 def use_added(target: Target) -> None:
     rig = rig_for(target, protocol=int(_SLOTS), hold_back=SIZE)
     with prerequisite("a ring cannot be started"):
@@ -232,8 +301,12 @@ def use_added(target: Target) -> None:
     rig.complete()
 
 
-@rule("slots.remove-unknown", "The removal of a region that is not there is refused", section=REM,
-      protocol=_SLOTS | _ACK)  # fmt: skip
+@rule(
+    "slots.remove-unknown",
+    "The removal of a region that is not there is refused",
+    section=REM,
+    protocol=_SLOTS | _ACK,
+)
 def remove_unknown(target: Target) -> None:
     regions, fds = _regions(target, 2)
     peer = _slots(target)
@@ -252,7 +325,12 @@ def remove_by_size(target: Target) -> None:
     peer.must_refuse(F.REM_MEM_REG, "the region has another size", SingleRegion(other))
 
 
-@rule("slots.remove-offset", "The mmap offset of the region to be removed is ignored", section=REM, protocol=_SLOTS)
+@rule(
+    "slots.remove-offset",
+    "The mmap offset of the region to be removed is ignored",
+    section=REM,
+    protocol=_SLOTS,
+)
 def remove_offset(target: Target) -> None:
     regions, fds = _regions(target, 1)
     peer = _slots(target)
@@ -280,21 +358,33 @@ def remove_fd(target: Target) -> None:
     expect(after <= before + 1, f"{before} descriptors are open before, {after} after 4 rounds")
 
 
-@rule("slots.add-without-fd", "ADD_MEM_REG without a descriptor is refused", section=ADD, protocol=_SLOTS | _ACK)
+@rule(
+    "slots.add-without-fd", "ADD_MEM_REG without a descriptor is refused", section=ADD, protocol=_SLOTS | _ACK
+)
 def add_without_fd(target: Target) -> None:
     regions, _ = _regions(target, 1)
     _slots(target).must_refuse(F.ADD_MEM_REG, "no descriptor came with it", SingleRegion(regions[0]))
 
 
-@rule("slots.add-two-fds", "ADD_MEM_REG with two descriptors is refused", section=ADD, severity=Severity.SHOULD,
-      protocol=_SLOTS | _ACK)  # fmt: skip
+@rule(
+    "slots.add-two-fds",
+    "ADD_MEM_REG with two descriptors is refused",
+    section=ADD,
+    severity=Severity.SHOULD,
+    protocol=_SLOTS | _ACK,
+)
 def add_two_fds(target: Target) -> None:
     regions, fds = _regions(target, 2)
     _slots(target).must_refuse(F.ADD_MEM_REG, "two descriptors came with it", SingleRegion(regions[0]), fds)
 
 
-@rule("slots.add-again", "A region that is there already is refused or harmless", section=ADD, severity=Severity.ROBUST,
-      protocol=_SLOTS)  # fmt: skip
+@rule(
+    "slots.add-again",
+    "A region that is there already is refused or harmless",
+    section=ADD,
+    severity=Severity.ROBUST,
+    protocol=_SLOTS,
+)
 def add_again(target: Target) -> None:
     regions, fds = _regions(target, 1)
     peer = _slots(target)
@@ -303,7 +393,13 @@ def add_again(target: Target) -> None:
     peer.survive(F.ADD_MEM_REG, SingleRegion(regions[0]), fds)
 
 
-@rule("slots.zero-size", "A region of no bytes is refused or harmless", section=ADD, severity=Severity.ROBUST, protocol=_SLOTS)
+@rule(
+    "slots.zero-size",
+    "A region of no bytes is refused or harmless",
+    section=ADD,
+    severity=Severity.ROBUST,
+    protocol=_SLOTS,
+)
 def slots_zero_size(target: Target) -> None:
     fd = target.keep(memfd(SIZE))
     _slots(target).survive(F.ADD_MEM_REG, SingleRegion(MemoryRegion(0x1000, 0, 0x7000_0000_0000)), [fd])

@@ -11,10 +11,10 @@ import uuid
 from vhost.check.peer import BackendMsg as B
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer
-from vhost.check.rig import Rig, rig_for, running
+from vhost.check.rig import Rig, rig_for
 from vhost.check.rule import Failed, Severity, Skipped, expect, prerequisite, rule
 from vhost.check.target import ACCESS_PLATFORM, VERSION_1, Target
-from vhost.features import ProtocolF, VirtioF
+from vhost.features import ProtocolF
 from vhost.user.messages import Channel
 from vhost.user.payloads import EMPTY, U64, Iotlb, SharedObject, ShmemConfig, VringAddr, VringState
 
@@ -48,15 +48,22 @@ def channel_set(target: Target) -> None:
     _with_channel(target)
 
 
-@rule("channel.quiet", "A back-end on which nothing happens says nothing on its channel", section=CHANNEL,
-      severity=Severity.SHOULD, protocol=_REQ)  # fmt: skip
+@rule(
+    "channel.quiet",
+    "A back-end on which nothing happens says nothing on its channel",
+    section=CHANNEL,
+    severity=Severity.SHOULD,
+    protocol=_REQ,
+)
 def channel_quiet(target: Target) -> None:
     peer, channel = _with_channel(target)
     peer.sync()
     expect(channel.quiet(target.settle), "a message came on the channel, or its end")
 
 
-@rule("channel.again", "The channel can be replaced", section=CHANNEL, severity=Severity.SHOULD, protocol=_REQ)
+@rule(
+    "channel.again", "The channel can be replaced", section=CHANNEL, severity=Severity.SHOULD, protocol=_REQ
+)
 def channel_again(target: Target) -> None:
     peer, first = _with_channel(target)
     open_channel(target, peer)
@@ -65,8 +72,13 @@ def channel_again(target: Target) -> None:
     peer.sync()
 
 
-@rule("channel.closed", "A channel that the front-end closed leaves the session alive", section=CHANNEL,
-      severity=Severity.ROBUST, protocol=_REQ)  # fmt: skip
+@rule(
+    "channel.closed",
+    "A channel that the front-end closed leaves the session alive",
+    section=CHANNEL,
+    severity=Severity.ROBUST,
+    protocol=_REQ,
+)
 def channel_closed(target: Target) -> None:
     peer, channel = _with_channel(target)
     channel.close()
@@ -74,19 +86,35 @@ def channel_closed(target: Target) -> None:
     peer.sync()
 
 
-@rule("channel.no-socket", "A channel that is no socket is refused or harmless", section=CHANNEL, severity=Severity.ROBUST,
-      protocol=_REQ)  # fmt: skip
+@rule(
+    "channel.no-socket",
+    "A channel that is no socket is refused or harmless",
+    section=CHANNEL,
+    severity=Severity.ROBUST,
+    protocol=_REQ,
+)
 def no_socket(target: Target) -> None:
     peer = target.session(protocol=int(_REQ))
     peer.survive(F.SET_BACKEND_REQ_FD, EMPTY, [target.eventfd()])
 
 
-@rule("channel.without-fd", "SET_BACKEND_REQ_FD without a descriptor is refused", section=CHANNEL, protocol=_REQ | _ACK)
+@rule(
+    "channel.without-fd",
+    "SET_BACKEND_REQ_FD without a descriptor is refused",
+    section=CHANNEL,
+    protocol=_REQ | _ACK,
+)
 def without_fd(target: Target) -> None:
     target.session(protocol=int(_REQ)).must_refuse(F.SET_BACKEND_REQ_FD, "no descriptor came with it")
 
 
-@rule("channel.garbage", "Garbage on the channel leaves the session alive", section=CHANNEL, severity=Severity.ROBUST, protocol=_REQ)
+@rule(
+    "channel.garbage",
+    "Garbage on the channel leaves the session alive",
+    section=CHANNEL,
+    severity=Severity.ROBUST,
+    protocol=_REQ,
+)
 def channel_garbage(target: Target) -> None:
     peer, channel = _with_channel(target)
     channel.send_bytes(b"\xff" * 64)
@@ -129,7 +157,13 @@ def _set_up(rig: Rig) -> None:
         rig.enable(ring)
 
 
-@rule("iotlb.update", "An IOTLB update is answered with 0", section=IOMMU, features=ACCESS_PLATFORM, device="any")
+@rule(
+    "iotlb.update",
+    "An IOTLB update is answered with 0",
+    section=IOMMU,
+    features=ACCESS_PLATFORM,
+    device="any",
+)
 def iotlb_update(target: Target) -> None:
     rig, _ = _iommu(target)
     value = _iotlb(rig, _whole(rig, Iotlb.UPDATE))
@@ -137,7 +171,13 @@ def iotlb_update(target: Target) -> None:
     rig.peer.sync()
 
 
-@rule("iotlb.invalidate", "An IOTLB invalidation is answered with 0", section=IOMMU, features=ACCESS_PLATFORM, device="any")
+@rule(
+    "iotlb.invalidate",
+    "An IOTLB invalidation is answered with 0",
+    section=IOMMU,
+    features=ACCESS_PLATFORM,
+    device="any",
+)
 def iotlb_invalidate(target: Target) -> None:
     rig, _ = _iommu(target)
     with prerequisite("an update"):
@@ -146,14 +186,26 @@ def iotlb_invalidate(target: Target) -> None:
     expect(value == 0, f"{value:#x}")
 
 
-@rule("iotlb.unknown", "An IOTLB message of an unknown type is answered with another value; or the session ends",
-      section=IOMMU, severity=Severity.SHOULD, features=ACCESS_PLATFORM, device="any")  # fmt: skip
+@rule(
+    "iotlb.unknown",
+    "An IOTLB message of an unknown type is answered with another value; or the session ends",
+    section=IOMMU,
+    severity=Severity.SHOULD,
+    features=ACCESS_PLATFORM,
+    device="any",
+)
 def iotlb_unknown(target: Target) -> None:
     rig, _ = _iommu(target)
     rig.peer.must_refuse(F.IOTLB_MSG, "there is no type 99", _whole(rig, 99))
 
 
-@rule("iotlb.mapped", "A ring works through what was mapped before", section=IOMMU, features=ACCESS_PLATFORM, device="any")
+@rule(
+    "iotlb.mapped",
+    "A ring works through what was mapped before",
+    section=IOMMU,
+    features=ACCESS_PLATFORM,
+    device="any",
+)
 def iotlb_mapped(target: Target) -> None:
     rig, channel = _iommu(target)
     with prerequisite("an update"):
@@ -167,8 +219,13 @@ def iotlb_mapped(target: Target) -> None:
     sent.judge()
 
 
-@rule("iotlb.miss", "What is not mapped is asked for by a miss, and used when it is there", section=IOMMU,
-      features=ACCESS_PLATFORM, device="any")  # fmt: skip
+@rule(
+    "iotlb.miss",
+    "What is not mapped is asked for by a miss, and used when it is there",
+    section=IOMMU,
+    features=ACCESS_PLATFORM,
+    device="any",
+)
 def iotlb_miss(target: Target) -> None:
     rig, channel = _iommu(target)
     _set_up(rig)
@@ -187,7 +244,9 @@ def _serve_misses(rig: Rig, channel: Peer, done: object) -> list[Iotlb]:
     deadline = time.monotonic() + rig.target.timeout
     while not done():
         if time.monotonic() > deadline:
-            raise Failed(f"the request did not come back within {rig.target.timeout:g} s; {len(misses)} misses came")
+            raise Failed(
+                f"the request did not come back within {rig.target.timeout:g} s; {len(misses)} misses came"
+            )
         if channel.quiet(0.01):
             continue
         got = channel.receive()
@@ -209,14 +268,23 @@ def _serve_misses(rig: Rig, channel: Peer, done: object) -> list[Iotlb]:
 # -- in-band notifications -------------------------------------------------------------------------
 
 
-@rule("inband.companions", "INBAND_NOTIFICATIONS is offered with BACKEND_REQ and REPLY_ACK", section=INBAND,
-      protocol=ProtocolF.INBAND_NOTIFICATIONS)  # fmt: skip
+@rule(
+    "inband.companions",
+    "INBAND_NOTIFICATIONS is offered with BACKEND_REQ and REPLY_ACK",
+    section=INBAND,
+    protocol=ProtocolF.INBAND_NOTIFICATIONS,
+)
 def inband_companions(target: Target) -> None:
     expect(target.protocol & int(_INBAND) == int(_INBAND), f"offered: {target.protocol:#x}")
 
 
-@rule("inband.alone", "The connection is closed when it is set without them", section=INBAND, severity=Severity.SHOULD,
-      protocol=ProtocolF.INBAND_NOTIFICATIONS)  # fmt: skip
+@rule(
+    "inband.alone",
+    "The connection is closed when it is set without them",
+    section=INBAND,
+    severity=Severity.SHOULD,
+    protocol=ProtocolF.INBAND_NOTIFICATIONS,
+)
 def inband_alone(target: Target) -> None:
     peer = target.connect()
     peer.ask(F.GET_FEATURES)
@@ -236,8 +304,13 @@ def _inband(target: Target) -> tuple[Rig, Peer]:
     return rig, channel
 
 
-@rule("inband.kick", "A ring without descriptors is started by VRING_KICK, and calls by VRING_CALL", section=INBAND,
-      protocol=_INBAND, device="any")  # fmt: skip
+@rule(
+    "inband.kick",
+    "A ring without descriptors is started by VRING_KICK, and calls by VRING_CALL",
+    section=INBAND,
+    protocol=_INBAND,
+    device="any",
+)
 def inband_kick(target: Target) -> None:
     rig, channel = _inband(target)
     rig.main.queue.enable_callbacks()
@@ -258,7 +331,9 @@ def inband_kick(target: Target) -> None:
     rig.finish(sent)
 
 
-@rule("inband.beyond", "VRING_KICK of a ring that does not exist is refused", section=INBAND, protocol=_INBAND)
+@rule(
+    "inband.beyond", "VRING_KICK of a ring that does not exist is refused", section=INBAND, protocol=_INBAND
+)
 def inband_beyond(target: Target) -> None:
     peer = target.session(protocol=int(_INBAND))
     peer.must_refuse(F.VRING_KICK, "there is no such ring", VringState(0xFFFF, 0))
@@ -267,23 +342,35 @@ def inband_beyond(target: Target) -> None:
 # -- what few back-ends offer ----------------------------------------------------------------------
 
 
-@rule("endian.set", "SET_VRING_ENDIAN takes little and big", section="Front-end message types, SET_VRING_ENDIAN",
-      protocol=ProtocolF.CROSS_ENDIAN)  # fmt: skip
+@rule(
+    "endian.set",
+    "SET_VRING_ENDIAN takes little and big",
+    section="Front-end message types, SET_VRING_ENDIAN",
+    protocol=ProtocolF.CROSS_ENDIAN,
+)
 def endian_set(target: Target) -> None:
-    peer = target.session(protocol=int(ProtocolF.CROSS_ENDIAN))
+    peer = target.session(protocol=int(ProtocolF.CROSS_ENDIAN), features=0)  # for legacy devices
     for value in (0, 1, 0):
         peer.do(F.SET_VRING_ENDIAN, VringState(0, value))
 
 
-@rule("endian.other", "SET_VRING_ENDIAN refuses other values", section="Front-end message types, SET_VRING_ENDIAN",
-      protocol=ProtocolF.CROSS_ENDIAN | _ACK)  # fmt: skip
+@rule(
+    "endian.other",
+    "SET_VRING_ENDIAN refuses other values",
+    section="Front-end message types, SET_VRING_ENDIAN",
+    protocol=ProtocolF.CROSS_ENDIAN | _ACK,
+)
 def endian_other(target: Target) -> None:
-    peer = target.session(protocol=int(ProtocolF.CROSS_ENDIAN))
+    peer = target.session(protocol=int(ProtocolF.CROSS_ENDIAN), features=0)  # for legacy devices
     peer.must_refuse(F.SET_VRING_ENDIAN, "2 is no byte order", VringState(0, 2))
 
 
-@rule("object.unknown", "GET_SHARED_OBJECT of an unknown UUID is answered without a descriptor",
-      section="Front-end message types, GET_SHARED_OBJECT", protocol=ProtocolF.SHARED_OBJECT)  # fmt: skip
+@rule(
+    "object.unknown",
+    "GET_SHARED_OBJECT of an unknown UUID is answered without a descriptor",
+    section="Front-end message types, GET_SHARED_OBJECT",
+    protocol=ProtocolF.SHARED_OBJECT,
+)
 def object_unknown(target: Target) -> None:
     peer = target.session(protocol=int(ProtocolF.SHARED_OBJECT))
     got = peer.ask(F.GET_SHARED_OBJECT, SharedObject(uuid.UUID(int=0x1234)))
@@ -291,12 +378,18 @@ def object_unknown(target: Target) -> None:
     peer.sync()
 
 
-@rule("shmem.config", "GET_SHMEM_CONFIG gives sizes that are multiples of a page, and their number",
-      section="Front-end message types, GET_SHMEM_CONFIG", protocol=ProtocolF.SHMEM_MAP)  # fmt: skip
+@rule(
+    "shmem.config",
+    "GET_SHMEM_CONFIG gives sizes that are multiples of a page, and their number",
+    section="Front-end message types, GET_SHMEM_CONFIG",
+    protocol=ProtocolF.SHMEM_MAP,
+)
 def shmem_config(target: Target) -> None:
     peer = target.session(protocol=int(ProtocolF.SHMEM_MAP))
     first = peer.ask(F.GET_SHMEM_CONFIG).payload
-    expect(len(first) == ShmemConfig.MAX_SIZE, f"a payload of {len(first)} bytes, must be {ShmemConfig.MAX_SIZE}")
+    expect(
+        len(first) == ShmemConfig.MAX_SIZE, f"a payload of {len(first)} bytes, must be {ShmemConfig.MAX_SIZE}"
+    )
     try:
         sizes = ShmemConfig.unpack(first).sizes
     except Exception as error:
@@ -307,18 +400,28 @@ def shmem_config(target: Target) -> None:
     expect(peer.ask(F.GET_SHMEM_CONFIG).payload == first, "the second answer is another one")
 
 
-@rule("mtu.valid", "NET_SET_MTU of 1500 is granted", section="Front-end message types, NET_SET_MTU",
-      protocol=ProtocolF.MTU | _ACK)  # fmt: skip
+@rule(
+    "mtu.valid",
+    "NET_SET_MTU of 1500 is granted",
+    section="Front-end message types, NET_SET_MTU",
+    protocol=ProtocolF.MTU | _ACK,
+)
 def mtu_valid(target: Target) -> None:
     peer = _mtu(target)
     peer.do(F.NET_SET_MTU, U64(1500))
 
 
-@rule("mtu.invalid", "NET_SET_MTU of what is no MTU is refused", section="Front-end message types, NET_SET_MTU",
-      protocol=ProtocolF.MTU | _ACK)  # fmt: skip
+@rule(
+    "mtu.invalid",
+    "NET_SET_MTU of what is no MTU is refused",
+    section="Front-end message types, NET_SET_MTU",
+    protocol=ProtocolF.MTU | _ACK,
+)
 def mtu_invalid(target: Target) -> None:
     for value in (0, 1 << 32):
-        _mtu(target).must_refuse(F.NET_SET_MTU, f"{value} is no MTU (VIRTIO 5.1.4.1: 68 to 65535)", U64(value))
+        _mtu(target).must_refuse(
+            F.NET_SET_MTU, f"{value} is no MTU (VIRTIO 5.1.4.1: 68 to 65535)", U64(value)
+        )
 
 
 def _mtu(target: Target) -> Peer:
@@ -327,17 +430,24 @@ def _mtu(target: Target) -> Peer:
     return target.session(protocol=int(ProtocolF.MTU), features=VERSION_1 | 1 << 3)
 
 
-@rule("rarp.send", "SEND_RARP is granted", section="Front-end message types, SEND_RARP", protocol=ProtocolF.RARP, writes=True)
+@rule(
+    "rarp.send",
+    "SEND_RARP is granted",
+    section="Front-end message types, SEND_RARP",
+    protocol=ProtocolF.RARP,
+    writes=True,
+)
 def rarp(target: Target) -> None:
     peer = target.session(protocol=int(ProtocolF.RARP))
     peer.do(F.SEND_RARP, U64(0x0100_0000_0002))
 
 
-@rule("crypto.close-unknown", "CLOSE_CRYPTO_SESSION of an unknown session does no harm",
-      section="Front-end message types, CLOSE_CRYPTO_SESSION", severity=Severity.ROBUST, protocol=ProtocolF.CRYPTO_SESSION)  # fmt: skip
+@rule(
+    "crypto.close-unknown",
+    "CLOSE_CRYPTO_SESSION of an unknown session does no harm",
+    section="Front-end message types, CLOSE_CRYPTO_SESSION",
+    severity=Severity.ROBUST,
+    protocol=ProtocolF.CRYPTO_SESSION,
+)
 def crypto_close(target: Target) -> None:
     target.session(protocol=int(ProtocolF.CRYPTO_SESSION)).survive(F.CLOSE_CRYPTO_SESSION, U64(0x7FFF_FFFF))
-
-
-assert running
-assert VirtioF

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Rules: REPLY_ACK. Each request with need_reply gets exactly one answer; those that have a reply of their own
-get that, with the flag or without."""
+"""Rules: REPLY_ACK. Each request with need_reply gets exactly one answer; those that have a reply of their
+own get that, with the flag or without."""
 
 from __future__ import annotations
 
@@ -129,8 +129,12 @@ for _number in _GETS:
     )(get_once)
 
 
-@rule("reply-ack.only-on-demand", "With REPLY_ACK, a request without need_reply is not acked", section=SECTION,
-      protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "reply-ack.only-on-demand",
+    "With REPLY_ACK, a request without need_reply is not acked",
+    section=SECTION,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def only_on_demand(target: Target) -> None:
     rig = Rig(target, target.session())
     peer = rig.peer
@@ -145,14 +149,22 @@ def only_on_demand(target: Target) -> None:
         peer.sync()
 
 
-@rule("reply-ack.failure", "A request that cannot be granted is answered with a value that is not 0; or the session ends",
-      section=SECTION, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "reply-ack.failure",
+    "A request that cannot be granted is answered with a value that is not 0; or the session ends",
+    section=SECTION,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def failure(target: Target) -> None:
     target.session().must_refuse(F.SET_VRING_NUM, "there is no such ring", VringState(0x8000, 16))
 
 
-@rule("reply-ack.without-descriptor", "A request that needs a descriptor and brings none is refused",
-      section=SECTION, protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "reply-ack.without-descriptor",
+    "A request that needs a descriptor and brings none is refused",
+    section=SECTION,
+    protocol=ProtocolF.REPLY_ACK,
+)
 def without_descriptor(target: Target) -> None:
     rig = Rig(target, target.session())
     with prerequisite("memory and a ring"):
@@ -161,7 +173,11 @@ def without_descriptor(target: Target) -> None:
     rig.peer.must_refuse(F.SET_VRING_KICK, "no descriptor came with it, and bit 8 is not set", U64(0))
 
 
-@rule("reply-ack.nofd", "SET_VRING_CALL with bit 8 set and no descriptor is granted",
-      section="Front-end message types, SET_VRING_CALL", protocol=ProtocolF.REPLY_ACK)  # fmt: skip
+@rule(
+    "reply-ack.nofd",
+    "SET_VRING_CALL with bit 8 set and no descriptor is granted",
+    section="Front-end message types, SET_VRING_CALL",
+    protocol=ProtocolF.REPLY_ACK,
+)
 def nofd(target: Target) -> None:
     target.session().do(F.SET_VRING_CALL, U64(NOFD))

@@ -43,8 +43,13 @@ def num_zero(target: Target) -> None:
     target.session().must_refuse(F.SET_VRING_NUM, "a ring has at least one entry", VringState(0, 0))
 
 
-@rule("ring.num-odd", "A split ring whose size is no power of 2 is refused", section="VIRTIO 2.7",
-      severity=Severity.SHOULD, protocol=_ACK)  # fmt: skip
+@rule(
+    "ring.num-odd",
+    "A split ring whose size is no power of 2 is refused",
+    section="VIRTIO 2.7",
+    severity=Severity.SHOULD,
+    protocol=_ACK,
+)
 def num_odd(target: Target) -> None:
     rig = Rig(target, target.session())
     peer = rig.peer
@@ -59,15 +64,24 @@ def num_odd(target: Target) -> None:
     expect(refused, "a split ring of 13 entries was accepted, its addresses and its kick too")
 
 
-@rule("ring.num-large", "A ring of more than 32768 entries is refused", section="VIRTIO 2.7",
-      severity=Severity.SHOULD, protocol=_ACK)  # fmt: skip
+@rule(
+    "ring.num-large",
+    "A ring of more than 32768 entries is refused",
+    section="VIRTIO 2.7",
+    severity=Severity.SHOULD,
+    protocol=_ACK,
+)
 def num_large(target: Target) -> None:
     for size in (1 << 16, 0xFFFFFFFF):
         target.session().must_refuse(F.SET_VRING_NUM, "32768 is the limit", VringState(0, size))
 
 
-@rule("ring.addr-outside", "Addresses outside the memory table are refused, or the ring does not start", section=ADDR,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.addr-outside",
+    "Addresses outside the memory table are refused, or the ring does not start",
+    section=ADDR,
+    severity=Severity.ROBUST,
+)
 def addr_outside(target: Target) -> None:
     rig = _placed(target)
     ring = rig.rings[0]
@@ -79,8 +93,12 @@ def addr_outside(target: Target) -> None:
         rig.peer.ended(target.settle)
 
 
-@rule("ring.addr-end", "A ring that reaches beyond the end of its region is refused or harmless", section=ADDR,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.addr-end",
+    "A ring that reaches beyond the end of its region is refused or harmless",
+    section=ADDR,
+    severity=Severity.ROBUST,
+)
 def addr_end(target: Target) -> None:
     rig = _placed(target)
     ring = rig.rings[0]
@@ -93,8 +111,12 @@ def addr_end(target: Target) -> None:
         rig.peer.ended(target.settle)
 
 
-@rule("ring.addr-unaligned", "Addresses that are not aligned are refused, or the ring does not start", section="VIRTIO 2.7",
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.addr-unaligned",
+    "Addresses that are not aligned are refused, or the ring does not start",
+    section="VIRTIO 2.7",
+    severity=Severity.ROBUST,
+)
 def addr_unaligned(target: Target) -> None:
     rig = _placed(target)
     ring = rig.rings[0]
@@ -105,15 +127,21 @@ def addr_unaligned(target: Target) -> None:
         rig.peer.ended(target.settle)
 
 
-@rule("ring.addr-again", "The addresses of a running ring can be said again", section="Migration", device="any")
+@rule(
+    "ring.addr-again", "The addresses of a running ring can be said again", section="Migration", device="any"
+)
 def addr_again(target: Target) -> None:
     rig = running(target)
     rig.peer.do(F.SET_VRING_ADDR, rig.main.address())
     rig.complete()
 
 
-@rule("ring.base-kept", "GET_VRING_BASE of a ring that never ran says what SET_VRING_BASE said", section=GET_BASE,
-      severity=Severity.SHOULD)  # fmt: skip
+@rule(
+    "ring.base-kept",
+    "GET_VRING_BASE of a ring that never ran says what SET_VRING_BASE said",
+    section=GET_BASE,
+    severity=Severity.SHOULD,
+)
 def base_kept(target: Target) -> None:
     rig = _placed(target)
     with prerequisite("SET_VRING_BASE"):
@@ -137,16 +165,25 @@ def base_index(target: Target) -> None:
     expect(got & 0xFFFF == 3, f"3 requests were done, the index is {got & 0xFFFF}")
 
 
-@rule("ring.base-reserved", "The upper 16 bits of a split ring's index are 0", section="A vring descriptor index for split virtqueues",
-      device="any")  # fmt: skip
+@rule(
+    "ring.base-reserved",
+    "The upper 16 bits of a split ring's index are 0",
+    section="A vring descriptor index for split virtqueues",
+    device="any",
+)
 def base_reserved(target: Target) -> None:
     rig = running(target)
     got = rig.stop(rig.main)
     expect(got >> 16 == 0, f"{got:#x}")
 
 
-@rule("ring.base-packed", "GET_VRING_BASE of a packed ring says both positions with their wrap counters",
-      section="Vring descriptor indices for packed virtqueues", features=RING_PACKED, device="any")  # fmt: skip
+@rule(
+    "ring.base-packed",
+    "GET_VRING_BASE of a packed ring says both positions with their wrap counters",
+    section="Vring descriptor indices for packed virtqueues",
+    features=RING_PACKED,
+    device="any",
+)
 def base_packed(target: Target) -> None:
     rig = running(target, features=VERSION_1 | PACKED)
     work = rig.work
@@ -176,8 +213,13 @@ def kick_nofd(target: Target) -> None:
     rig.complete(kick=False)
 
 
-@rule("ring.kick-first", "The kick may be given before size and addresses", section=KICK, severity=Severity.SHOULD,
-      device="any")  # fmt: skip
+@rule(
+    "ring.kick-first",
+    "The kick may be given before size and addresses",
+    section=KICK,
+    severity=Severity.SHOULD,
+    device="any",
+)
 def kick_first(target: Target) -> None:
     rig = rig_for(target)
     for ring in rig.rings:
@@ -191,7 +233,12 @@ def kick_first(target: Target) -> None:
     rig.complete()
 
 
-@rule("ring.kick-replaced", "The kick descriptor can be replaced while a ring runs", section="Ring states", device="any")
+@rule(
+    "ring.kick-replaced",
+    "The kick descriptor can be replaced while a ring runs",
+    section="Ring states",
+    device="any",
+)
 def kick_replaced(target: Target) -> None:
     rig = running(target)
     ring = rig.main
@@ -210,7 +257,12 @@ def call(target: Target) -> None:
     expect(ring.called(target.timeout), f"a request came back, but no call within {target.timeout:g} s")
 
 
-@rule("ring.call-replaced", "The call descriptor can be replaced while a ring runs", section="Ring states", device="any")
+@rule(
+    "ring.call-replaced",
+    "The call descriptor can be replaced while a ring runs",
+    section="Ring states",
+    device="any",
+)
 def call_replaced(target: Target) -> None:
     rig = running(target)
     ring = rig.main
@@ -219,7 +271,10 @@ def call_replaced(target: Target) -> None:
     old, ring.call_fd = ring.call_fd, target.eventfd()
     rig.give_call(ring)
     rig.complete()
-    expect(ring.called(target.timeout), f"a request came back, but no call on the new one within {target.timeout:g} s")
+    expect(
+        ring.called(target.timeout),
+        f"a request came back, but no call on the new one within {target.timeout:g} s",
+    )
     ring.call_fd = old
 
 
@@ -237,8 +292,13 @@ def err(target: Target) -> None:
     rig.peer.do(F.SET_VRING_ERR, U64(NOFD))
 
 
-@rule("ring.event-index", "A descriptor for a ring that does not exist is refused", section=KICK, severity=Severity.SHOULD,
-      protocol=_ACK | ProtocolF.MQ)  # fmt: skip
+@rule(
+    "ring.event-index",
+    "A descriptor for a ring that does not exist is refused",
+    section=KICK,
+    severity=Severity.SHOULD,
+    protocol=_ACK | ProtocolF.MQ,
+)
 def event_index(target: Target) -> None:
     if target.queues >= 128:  # queue pairs: all 256 rings may be there
         return
@@ -246,20 +306,32 @@ def event_index(target: Target) -> None:
         target.session().must_refuse(number, "there is no ring 255", U64(255), [target.eventfd()])
 
 
-@rule("ring.event-high-bits", "Bits 9 to 63 of SET_VRING_KICK do not make another ring of it", section=KICK,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.event-high-bits",
+    "Bits 9 to 63 of SET_VRING_KICK do not make another ring of it",
+    section=KICK,
+    severity=Severity.ROBUST,
+)
 def event_high_bits(target: Target) -> None:
     target.session().survive(F.SET_VRING_KICK, U64(0x10000), [target.eventfd()])
 
 
-@rule("ring.enable-value", "SET_VRING_ENABLE with a value other than 0 and 1 does no harm", section=ENABLE,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.enable-value",
+    "SET_VRING_ENABLE with a value other than 0 and 1 does no harm",
+    section=ENABLE,
+    severity=Severity.ROBUST,
+)
 def enable_value(target: Target) -> None:
     target.session().survive(F.SET_VRING_ENABLE, VringState(0, 0xFFFFFFFF))
 
 
-@rule("ring.get-base-unknown", "GET_VRING_BASE of a ring that does not exist does no harm", section=GET_BASE,
-      severity=Severity.ROBUST)  # fmt: skip
+@rule(
+    "ring.get-base-unknown",
+    "GET_VRING_BASE of a ring that does not exist does no harm",
+    section=GET_BASE,
+    severity=Severity.ROBUST,
+)
 def get_base_unknown(target: Target) -> None:
     for index in (0xFFFF, 0x8000_0000):
         peer = target.session()

@@ -22,8 +22,13 @@ def _session(target: Target) -> Peer:
     return target.session(protocol=int(_STATUS))
 
 
-@rule("status.initial", "The device status is 0 at the beginning of a session", section=GET,
-      severity=Severity.SHOULD, protocol=_STATUS)  # fmt: skip
+@rule(
+    "status.initial",
+    "The device status is 0 at the beginning of a session",
+    section=GET,
+    severity=Severity.SHOULD,
+    protocol=_STATUS,
+)
 def initial(target: Target) -> None:
     value = _session(target).ask(F.GET_STATUS).u64
     expect(value == 0, f"{value:#x}")
@@ -38,8 +43,12 @@ def echo(target: Target) -> None:
         expect(got == value, f"{int(value):#x} was set, {got:#x} is said")
 
 
-@rule("status.features-ok", "FEATURES_OK stays set when the features are among those offered", section="VIRTIO 3.1.1",
-      protocol=_STATUS)  # fmt: skip
+@rule(
+    "status.features-ok",
+    "FEATURES_OK stays set when the features are among those offered",
+    section="VIRTIO 3.1.1",
+    protocol=_STATUS,
+)
 def features_ok(target: Target) -> None:
     peer = _session(target)
     value = int(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
@@ -57,13 +66,24 @@ def reset(target: Target) -> None:
     expect(got == 0, f"{got:#x} is said after 0 was set")
 
 
-@rule("status.wide", "A status that is no byte is refused or cut, without a hang", section=SET,
-      severity=Severity.ROBUST, protocol=_STATUS)  # fmt: skip
+@rule(
+    "status.wide",
+    "A status that is no byte is refused or cut, without a hang",
+    section=SET,
+    severity=Severity.ROBUST,
+    protocol=_STATUS,
+)
 def wide(target: Target) -> None:
     _session(target).survive(F.SET_STATUS, U64(0x1_0000_0003))
 
 
-@rule("status.run", "A device runs under a driver that sets the status", section=SET, protocol=_STATUS, device="any")
+@rule(
+    "status.run",
+    "A device runs under a driver that sets the status",
+    section=SET,
+    protocol=_STATUS,
+    device="any",
+)
 def run(target: Target) -> None:
     rig = running(target, protocol=int(_STATUS), status=True)
     rig.complete()
@@ -83,8 +103,13 @@ def stops(target: Target) -> None:
     expect(rig.idle(), "a request was processed after RESET_DEVICE")
 
 
-@rule("reset.again", "After RESET_DEVICE the device can be initialised again without SET_OWNER", section=RESET,
-      protocol=_RESET, device="any")  # fmt: skip
+@rule(
+    "reset.again",
+    "After RESET_DEVICE the device can be initialised again without SET_OWNER",
+    section=RESET,
+    protocol=_RESET,
+    device="any",
+)
 def again(target: Target) -> None:
     rig = running(target, protocol=int(_RESET))
     rig.peer.do(F.RESET_DEVICE)
@@ -96,8 +121,13 @@ def again(target: Target) -> None:
     rig.complete()
 
 
-@rule("reset.status", "RESET_DEVICE resets the device status", section=RESET, severity=Severity.SHOULD,
-      protocol=_RESET | _STATUS)  # fmt: skip
+@rule(
+    "reset.status",
+    "RESET_DEVICE resets the device status",
+    section=RESET,
+    severity=Severity.SHOULD,
+    protocol=_RESET | _STATUS,
+)
 def reset_status(target: Target) -> None:
     peer = target.session(protocol=int(_RESET | _STATUS))
     peer.do(F.SET_STATUS, U64(3))

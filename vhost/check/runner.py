@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from vhost.check import rules_all
 from vhost.check.rule import RULES, Failed, NotOffered, Rule, Skipped, Verdict
 from vhost.check.target import CannotRun, Target
+from vhost.errors import VhostError
 from vhost.features import ProtocolF, VhostF, VirtioF, feature_names
 
 EVIDENCE = 24
@@ -46,6 +47,7 @@ def judge(rule: Rule, target: Target) -> Result:
     if rule.writes and not target.write:
         return Result(rule, Verdict.SKIPPED, "it changes data: only with --write")
     verdict, reason = Verdict.PASS, ""
+    crashes = len(target.program.crashes) if target.program is not None else 0
     try:
         rule.check(target)
     except Failed as error:
@@ -54,9 +56,13 @@ def judge(rule: Rule, target: Target) -> Result:
         verdict, reason = Verdict.NOT_OFFERED, str(error)
     except Skipped as error:
         verdict, reason = Verdict.SKIPPED, str(error)
+    except VhostError as error:
+        verdict, reason = Verdict.FAIL, f"what came cannot be taken for an answer: {error}"
+    except OSError as error:
+        raise CannotRun(f"{rule.id}: {error}") from error
     finally:
         said = target.end_rule()
-    died = _aftermath(target, verdict)
+    died = _aftermath(target, crashes)
     if died:
         verdict, reason = Verdict.FAIL, f"{reason}; {died}" if reason else died
     return Result(
@@ -68,16 +74,20 @@ def judge(rule: Rule, target: Target) -> Result:
     )
 
 
-def _aftermath(target: Target, verdict: Verdict) -> str:
-    """What became of the back-end."""
+def _aftermath(target: Target, crashes: int) -> str:
+    """What became of the back-end: a crash may show only with the next connection."""
     program = target.program
+    if program is not None and target.once:
+        if not program.ended(target.timeout):
+            program.stop()
+        died = ""
+    else:
+        died = target.alive()
     if program is not None:
-        if target.once:
-            if not program.ended(target.timeout):
-                program.stop()
-            return program.crash()
-        return program.crash()
-    return "" if verdict is Verdict.NOT_OFFERED else target.alive()
+        program.note_crash()
+        if len(program.crashes) > crashes:
+            return program.crashes[crashes]
+    return died
 
 
 def run(

@@ -17,28 +17,31 @@ from pathlib import Path
 END_WAIT = 5.0
 """Seconds from SIGTERM to SIGKILL."""
 _TAIL = 2000
-_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})  # fmt: skip
+_CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
+)
 
 
 class Program:
     """``command`` is run without a shell; what it prints is kept for evidence."""
 
-    def __init__(self, command: Sequence[str], path: str) -> None:
+    def __init__(self, command: Sequence[str], listens: str | None = None) -> None:
         self.command = list(command)
-        self.path = Path(path)
-        self.starts = 0
+        self.path = None if listens is None else Path(listens)
+        self.crashes: list[str] = []
+        """How it crashed, each time."""
         self._process: subprocess.Popen[bytes] | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the object
 
     def start(self) -> None:
-        """Start it unless it runs. A socket that its predecessor left behind is removed."""
+        """Start it unless it runs. The socket on which its predecessor listened is removed."""
         if self.alive:
             return
-        if self.path.is_socket():
+        self.note_crash()
+        if self.path is not None and self.path.is_socket():
             self.path.unlink()
         self._output.seek(0)
         self._output.truncate()
-        self.starts += 1
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
         )
@@ -51,12 +54,13 @@ class Program:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None and self.alive else None
 
-    def crash(self) -> str:
-        """How it crashed, with the end of what it printed; "" if it runs, or ended in another way."""
+    def note_crash(self) -> None:
+        """If it crashed since it was looked at last, that is in ``crashes`` now."""
         code = None if self._process is None else self._process.poll()
-        if code is None or -code not in _CRASHES:
-            return ""
-        return f"the program was killed by {signal.Signals(-code).name}{self._printed()}"
+        if code is not None and -code in _CRASHES:
+            how = f"the program was killed by {signal.Signals(-code).name}"
+            self.crashes.append(how + self._printed())
+            self._process = None
 
     def ended(self, timeout: float) -> bool:
         """It ends by itself within the time."""
@@ -77,6 +81,11 @@ class Program:
             return f"runs as process {self._process.pid}"
         how = f"ended with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return how + self._printed()
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, without waiting."""
+        if self._process is not None and self.alive:
+            self._process.terminate()
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL. Idempotent."""

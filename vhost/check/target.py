@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vhost.check.peer import FrontendMsg as F
 from vhost.check.peer import Peer
@@ -68,13 +69,37 @@ class Target:
 
     # -- connections -------------------------------------------------------------------------------
 
-    def socket(self) -> socket.socket:
-        """A connected socket; waits for a program that has just been started."""
+    def connect(self, *, beside: bool = False) -> Peer:
+        """A connection that is served: GET_FEATURES was answered on it, and nothing else was said. It is
+        closed with the rule; those before it are closed now, for many back-ends serve one at a time, unless
+        it is to be ``beside`` them: then it may never be served."""
         deadline = time.monotonic() + max(self.timeout, 5.0)
+        if beside:
+            self.peers.append(Peer(self._socket(deadline), self.timeout))
+            return self.peers[-1]
+        self.hang_up()
+        while True:
+            peer = Peer(self._socket(deadline), self.timeout)
+            self.peers.append(peer)
+            try:
+                peer.ask(F.GET_FEATURES)
+            except PeerClosed:
+                # A back-end that has not yet cleared away the session before may refuse this one.
+                if time.monotonic() >= deadline:
+                    raise
+                peer.close()
+                self.peers.remove(peer)
+                time.sleep(_RETRY_PAUSE)
+                continue
+            peer.transcript.clear()
+            return peer
+
+    def _socket(self, deadline: float) -> socket.socket:
+        """A connected socket; waits for a program that has just been started."""
+        if self.program is not None and self.once and all(peer.closed for peer in self.peers):
+            self.program.ended(self.timeout)
         while True:
             if self.program is not None:
-                if self.once and all(peer.closed for peer in self.peers):
-                    self.program.ended(self.timeout)
                 self.program.start()
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -83,18 +108,14 @@ class Target:
                 return sock
             except OSError as error:
                 sock.close()
-                retry = self.program is not None or isinstance(error, (ConnectionRefusedError, BlockingIOError))
+                retry = self.program is not None or isinstance(
+                    error, (ConnectionRefusedError, BlockingIOError)
+                )
                 if not retry or time.monotonic() > deadline:
                     how = f" ({self.program.how()})" if self.program else ""
                     reason = error.strerror or str(error)
                     raise PeerClosed(f"cannot connect to {self.path}: {reason}{how}") from error
                 time.sleep(_RETRY_PAUSE)
-
-    def connect(self) -> Peer:
-        """A connection on which nothing was said yet. It is closed with the rule."""
-        peer = Peer(self.socket(), self.timeout)
-        self.peers.append(peer)
-        return peer
 
     def session(self, *, protocol: int = 0, features: int = VERSION_1, without: int = 0) -> Peer:
         """A connection with what is usual and ``protocol`` negotiated, an owner, and these features."""
@@ -184,6 +205,16 @@ class Target:
         if self.device == "blk" and self.protocol & ProtocolF.CONFIG:
             with contextlib.suppress(Failed):
                 self.blk = BlkConfig.unpack(self.config(peer))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it offers, as plain data."""
+        return {
+            "socket": self.path,
+            "device": self.device,
+            "features": f"{self.offered:#x}",
+            "protocol_features": f"{self.protocol:#x}",
+            "queues": self.queues,
+        }
 
     def config(self, peer: Peer) -> bytes:
         """As much of the configuration space as it gives; Failed if it gives none."""

@@ -75,6 +75,10 @@ def _fuse_judge(came: list[bytes], used: int) -> str:
     return ""
 
 
+# To target 0, LUN 0: its address, tag and attributes, and a CDB of zeroes.
+_TEST_UNIT_READY = bytes([1, 0, 0x40, 0, 0, 0, 0, 0]) + bytes(8 + 3 + 32)
+
+
 def _scsi_judge(came: list[bytes], used: int) -> str:
     response = came[0][11]
     return "" if used >= 12 and response in (0, 3) else f"response {response}, used length {used}"
@@ -98,12 +102,9 @@ WORK: dict[str, Work] = {
         _fuse_judge,
         rings=2,
     ),
-    # TEST UNIT READY to target 0, LUN 0.
-    "scsi": Work(
-        "TEST UNIT READY", 2, (bytes([1, 0, 0x40, 0, 0, 0, 0, 0]) + bytes(11 + 32),), (108,), _scsi_judge, rings=3
-    ),
+    "scsi": Work("TEST UNIT READY", 2, (_TEST_UNIT_READY,), (108,), _scsi_judge, rings=3),
     "gpu": Work("GET_DISPLAY_INFO", 0, (struct.pack("<I20x", 0x100),), (408,), _gpu_judge, rings=2),
-}  # fmt: skip
+}
 """By kind of device, as ``--device`` names it."""
 
 DEVICES: Sequence[str] = tuple(WORK)

@@ -7,19 +7,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vhost.check.report import Progress
+    from vhost.check.rule import Rule
+    from vhost.check.runner import Result
     from vhost.cli.arguments import Commands
+
+    Judged = tuple[dict[str, Any], list[Result]]
 
 ABOUT = """\
 Judge a back-end by the rules of the vhost-user specification, one verdict each: pass, fail (with what was
-said), not offered, skipped. Requests on rings are harmless (a disk's serial number, entropy); what would change
-data or leave this machine is only done with --write.
+said), not offered, skipped. Requests on rings are harmless (a disk's serial number, entropy); what would
+change data or leave this machine is only done with --write.
 
-A back-end that ends with its connection is started as often as it takes by what follows --run:
+With --listen it is a front-end that is judged, the one that connects to SOCKET, by a back-end that serves it
+a device. A back-end that ends with its connection is started as often as it takes by what follows --run:
 
     vhost check /tmp/s --run vhost-user-blk -s /tmp/s -b disk.raw
+    vhost check --listen /tmp/s --device blk --run qemu-system-x86_64 ... -chardev socket,id=c,path=/tmp/s ...
 """
 EXIT = "exit code: 0 nothing failed, 1 a rule failed, 2 the check could not run"
 
@@ -33,6 +40,21 @@ def add_commands(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("socket", nargs="?", metavar="SOCKET", help="of the back-end")
+    check.add_argument("--listen", metavar="SOCKET", help="judge the front-end that connects here")
+    check.add_argument(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for a front-end to start a ring (default 60)",
+    )
+    check.add_argument(
+        "--watch",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="how long a front-end is watched (default 2)",
+    )
     check.add_argument("--list", action="store_true", help="show all rules and their sections, and exit")
     check.add_argument(
         "--only",
@@ -41,16 +63,28 @@ def add_commands(commands: Commands) -> None:
         help="check rules whose id matches, such as 'ring.*' or a topic; repeat for more",
     )
     check.add_argument("--write", action="store_true", help="allow requests that change data or send packets")
-    check.add_argument("--device", default="", metavar="KIND", help="what it is, if its features do not tell")
-    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for an answer (default 5)")
     check.add_argument(
-        "--settle", type=float, default=0.2, metavar="SECONDS", help="how long nothing must happen (default 0.2)"
+        "--device", default="", metavar="KIND", help="what it is, if its features do not tell; what to serve"
+    )
+    check.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="for an answer (default 5)"
+    )
+    check.add_argument(
+        "--settle",
+        type=float,
+        default=0.2,
+        metavar="SECONDS",
+        help="how long nothing must happen (default 0.2)",
     )
     check.add_argument("--json", action="store_true", help="verdicts as JSON")
     check.add_argument("--junit", type=Path, metavar="FILE", help="also as JUnit XML")
     check.add_argument("--quiet", action="store_true", help="show failures only")
     check.add_argument(
-        "--run", nargs=argparse.REMAINDER, dest="program", metavar="COMMAND", help="starts the back-end; the last option"
+        "--run",
+        nargs=argparse.REMAINDER,
+        dest="program",
+        metavar="COMMAND",
+        help="starts the back-end; the last option",
     )
     check.set_defaults(run=run_check)
 
@@ -58,22 +92,48 @@ def add_commands(commands: Commands) -> None:
 def run_check(args: argparse.Namespace) -> int:
     from vhost.check import report
     from vhost.check.rule import Verdict
-    from vhost.check.runner import RULES, run
-    from vhost.check.spawn import Program
-    from vhost.check.target import CannotRun, Target
-    from vhost.check.work import DEVICES
+    from vhost.check.target import CannotRun
 
-    rules = RULES.select(args.only)
+    rules = _rules(args)
     if args.list:
         shown = [report.rule_dict(rule) for rule in rules]
         print(json.dumps(shown, indent=2) if args.json else "\n".join(report.rule_lines(rules)))
         return 0
-    if args.socket is None:
-        return _cannot("a SOCKET is needed")
     if not rules:
         return _cannot(f"no rule matches {' '.join(args.only)} (see --list)")
-    if args.device and args.device not in DEVICES:
-        return _cannot(f"--device {args.device}: must be one of {' '.join(DEVICES)}")
+    if (args.socket is None) == (args.listen is None):
+        return _cannot("a SOCKET is needed, or --listen SOCKET")
+    stream = sys.stderr if args.json else sys.stdout
+    progress = report.Progress(stream, len(rules), quiet=args.quiet or args.json)
+    try:
+        judge = _judge_frontend if args.listen else _judge_backend
+        about, results = judge(args, rules, progress)
+    except CannotRun as error:
+        return _cannot(str(error))
+    if args.junit:
+        args.junit.write_bytes(report.junit(results, f"vhost check {args.socket or args.listen}"))
+    if args.json:
+        print(json.dumps(report.document(about, results), indent=2))
+    else:
+        print(report.summary(results))
+    return int(any(result.verdict is Verdict.FAIL for result in results))
+
+
+def _rules(args: argparse.Namespace) -> list[Rule]:
+    from vhost.check import rules_all, rules_frontend
+    from vhost.check.rule import RULES
+
+    assert rules_all and rules_frontend  # which registers them
+    return RULES.select(args.only, role="front-end" if args.listen else "back-end")
+
+
+def _judge_backend(args: argparse.Namespace, rules: list[Rule], tell: Progress) -> Judged:
+    from vhost.check.runner import run
+    from vhost.check.spawn import Program
+    from vhost.check.target import Target
+    from vhost.check.work import DEVICES
+
+    _check_device(args.device, ("", *DEVICES))
     program = Program(args.program, args.socket) if args.program else None
     target = Target(
         args.socket,
@@ -83,21 +143,36 @@ def run_check(args: argparse.Namespace) -> int:
         write=args.write,
         device=args.device,
     )
-    progress = report.Progress(sys.stderr if args.json else sys.stdout, len(rules), quiet=args.quiet or args.json)
     try:
-        results = run(target, rules, progress)
-    except CannotRun as error:
-        return _cannot(str(error))
+        results = run(target, rules, tell)
+        return target.as_dict(), results
     finally:
         if program is not None:
             program.close()
-    if args.junit:
-        args.junit.write_bytes(report.junit(results, f"vhost check {args.socket}"))
-    if args.json:
-        print(json.dumps(report.document(target, results), indent=2))
-    else:
-        print(report.summary(results))
-    return int(any(result.verdict is Verdict.FAIL for result in results))
+
+
+def _judge_frontend(args: argparse.Namespace, rules: list[Rule], tell: Progress) -> Judged:
+    from vhost.check.front_runner import run_frontend
+    from vhost.check.spawn import Program
+    from vhost.check.stage import DEVICES, Stage
+
+    device = args.device or "blk"
+    _check_device(device, tuple(DEVICES))
+    program = Program(args.program) if args.program else None
+    try:
+        with Stage(args.listen, device, timeout=args.timeout, settle=args.settle) as stage:
+            results = run_frontend(stage, program, rules, tell, wait=args.wait, watch=args.watch)
+            return {"socket": args.listen, "device": device, "sessions": len(stage.sessions)}, results
+    finally:
+        if program is not None:
+            program.close()
+
+
+def _check_device(device: str, known: tuple[str, ...]) -> None:
+    from vhost.check.target import CannotRun
+
+    if device not in known:
+        raise CannotRun(f"--device {device}: must be one of {' '.join(filter(None, known))}")
 
 
 def _cannot(why: str) -> int:

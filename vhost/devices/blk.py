@@ -79,6 +79,7 @@ class Blk(Device):
         self._files: dict[Attached, int] = {}
         self._config_lock = threading.Lock()
         self.fd = -1
+        self.engine: Engine | None = None
         self._block_device = False
         if self.path is not None:
             self.fd = os.open(self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
@@ -96,7 +97,8 @@ class Blk(Device):
             )
             self._topology = self._look_at_topology()
             workers = min(num_queues, threads or len(os.sched_getaffinity(0)))
-            self.engine = Engine(workers, "vhost-blk") if handler == "c" else None
+            if handler == "c":
+                self.engine = Engine(workers, "vhost-blk")
             self._workers = workers
         except BaseException:
             self.close()
@@ -204,6 +206,16 @@ class Blk(Device):
         if self.engine is not None:
             self.engine.detach(queue)
 
+    def hold_queue(self, queue: DeviceQueue) -> bool:
+        if self.engine is None:
+            return False
+        self.engine.hold(queue)
+        return True
+
+    def release_queue(self, queue: DeviceQueue, look: bool) -> None:
+        if self.engine is not None:
+            self.engine.release(queue, look)
+
     # -- whose it is -------------------------------------------------------------------------------
 
     def claim(self, session: Attached) -> None:
@@ -224,7 +236,9 @@ class Blk(Device):
         super().release(session)
 
     def close(self) -> None:
-        """Close the file. No session may be running."""
+        """Close the file, and let the engine's threads and descriptors go. No session may be running."""
+        self.engine = None
+        self.notice = -1
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -26,7 +26,7 @@ from vhost.errors import InvalidState, UnsupportedRequest
 from vhost.features import ProtocolF
 from vhost.memory import GuestMemory, Region, has_sigbus_handler
 from vhost.user._userfault import PageFaults
-from vhost.user.handlers import Handlers, map_region
+from vhost.user.handlers import Handlers
 from vhost.user.payloads import EMPTY, U64, MemTable, SingleRegion
 from vhost.user.session import Message
 from vhost.user.spec import Answer
@@ -110,7 +110,7 @@ class PostcopyHandlers(Handlers):
             super().set_mem_table(message)
             return None
         table: MemTable = message.payload
-        regions = [map_region(*pair) for pair in zip(table.regions, message.fds, strict=True)]
+        regions = [self._map(*pair) for pair in zip(table.regions, message.fds, strict=True)]
         self._announce(GuestMemory(regions), regions)
         return MemTable(
             tuple(
@@ -127,7 +127,7 @@ class PostcopyHandlers(Handlers):
             super().add_mem_reg(message)
             return None
         region = message.payload.region
-        ours = map_region(region, message.fds[0])
+        ours = self._map(region, message.fds[0])
         self._announce((self.memory if self._coming is None else self._coming).add(ours), [ours])
         return SingleRegion(dataclasses.replace(region, user_addr=ours.host_addr))
 

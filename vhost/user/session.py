@@ -93,9 +93,11 @@ class Session:
         self.postcopy = False
         """From POSTCOPY_LISTEN to POSTCOPY_END; set by the owner of the session."""
         self.closed = False
-        self._failed: ProtocolError | None = None
+        # Why it ended, in words: an error keeps its frames, and with them all that the caller has.
+        self._failed: str | None = None
         # The replies that the peer owes, and whether they have the row's payload.
         self._outstanding: deque[tuple[Spec, bool]] = deque()
+        self._answers = 0
         self._data = bytearray()
         self._fds: list[int] = []
         self._target = HEADER_SIZE
@@ -139,7 +141,7 @@ class Session:
         except ProtocolError as error:
             self._drop_fds()
             if error.message is None:
-                self._failed = error
+                self._failed = str(error)
             elif self.trace is not None:
                 self.trace("recv", error.message)
             raise
@@ -154,20 +156,19 @@ class Session:
         """The peer closed the stream: raises Disconnected, or PartialMessage inside a message."""
         self._drop_fds()
         self._check_open()
-        error: ProtocolError
+        self._failed = str(self._end(reason))
+        raise self._end(reason)
+
+    def _end(self, reason: str) -> ProtocolError:
         if self.in_message:
             where = f"{reason} after {len(self._data)} of {self._target} bytes of the "
             if self._header is None:
-                error = PartialMessage(f"{where}header")
-            else:
-                error = PartialMessage(f"{where}payload", request=self._header[0].name)
-        elif self._outstanding:
+                return PartialMessage(f"{where}header")
+            return PartialMessage(f"{where}payload", request=self._header[0].name)
+        if self._outstanding:
             spec = self._outstanding[0][0]
-            error = Disconnected(f"{reason} before the reply", request=spec.name)
-        else:
-            error = Disconnected(reason)
-        self._failed = error
-        raise error
+            return Disconnected(f"{reason} before the reply", request=spec.name)
+        return Disconnected(reason)
 
     def close(self) -> None:
         """Close the descriptors of a message that never became whole. Idempotent."""
@@ -247,6 +248,7 @@ class Session:
 
     def _read_reply(self, spec: Spec, own_reply: bool, data: bytes) -> Message:
         self._outstanding.popleft()
+        self._answers += 1
         payload: Payload
         try:
             payload = spec.decode(data, reply=True, xen=self._xen) if own_reply else U64.unpack(data)
@@ -260,7 +262,7 @@ class Session:
         if own_reply and spec.name.endswith("GET_PROTOCOL_FEATURES") and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         fds, self._fds = self._fds, []
-        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply)
+        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply, number=self._answers)
 
     def _read_request(self, spec: Spec, flags: int, own_reply: bool, known: bool, data: bytes) -> Message:
         # From here on the stream is in step: what is wrong with the message is wrong with it alone.
@@ -322,11 +324,14 @@ class Session:
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
             need_reply = not own_reply and bool(self._protocol_features & self._acks)
+        elif need_reply and not self._acks:
+            raise ValueError(f"{spec.name}: there are no acks on the channel {self.channel.value!r}")
         data = frame(spec.id, packed, need_reply=need_reply, version=self._version)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
         if expects:
             self._outstanding.append((spec, own_reply))
+            outgoing.number = self._answers + len(self._outstanding)
         return self._traced(outgoing)
 
     def reply(self, message: Message, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:

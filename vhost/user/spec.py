@@ -230,11 +230,12 @@ class Spec:
     def ring_index(self, payload: Any) -> int | None:
         return getattr(payload, self.per_ring) if self.per_ring else None
 
-    def show(self, payload: Payload) -> str:
-        """The payload for people, with the names of feature bits."""
+    def show(self, payload: Payload, names: tuple[type[IntFlag], ...] | None = None) -> str:
+        """The payload for people, with the names of feature bits: the row's, or those given."""
         value = getattr(payload, "value", None)
-        if self.names and isinstance(value, int):
-            return f"value={value:#x} ({' '.join(feature_names(value, *self.names)) or 'none'})"
+        names = self.names if names is None else names
+        if names and isinstance(value, int):
+            return f"value={value:#x} ({' '.join(feature_names(value, *names)) or 'none'})"
         return str(payload)
 
     def as_dict(self) -> dict[str, Any]:
@@ -272,6 +273,8 @@ class Message:
     own_reply: bool = False
     """A request that is answered by its row's reply payload rather than an ack."""
     answered: bool = False
+    number: int = 0
+    """Of a reply: that of the request that it answers."""
 
     @property
     def name(self) -> str:
@@ -335,6 +338,8 @@ class Outgoing:
     payload: Any = EMPTY
     need_reply: bool = False
     is_reply: bool = False
+    number: int = 0
+    """Of a request that is answered: which one of the channel it is, from 1 on."""
 
     @property
     def name(self) -> str:
