@@ -4,7 +4,7 @@
     python fs_device.py SOCKET stateful|plain|picky
 
 ``counter`` says how often it was opened, ``secret`` what this process made up when it began; both, and what
-is open, are the state of the ``stateful`` device. ``plain``: without save and load. ``picky``: accepts no state.
+is open, are the state of the ``stateful`` device. ``plain``: no save, no load. ``picky``: takes no state.
 
 Speaks just as much FUSE (linux/fuse.h, version 7.31) over virtio-fs (VIRTIO 5.11) as Linux asks for when it
 mounts, lists nothing, opens and reads.
