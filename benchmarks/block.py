@@ -258,7 +258,7 @@ def backends(
             if device == NULL:
                 notes.append(f"{device}: {CONTRIB} has no null device")
             elif missing := catalogue.PEERS["contrib-vhost-user-blk"].missing():
-                notes.append(f"{device}: without {CONTRIB}: {missing} (tests/install_peers.py --bench)")
+                notes.append(f"{device}: without {CONTRIB}: {missing} (make peers)")
             else:
                 list_.append(Backend(CONTRIB, contrib(file), scratch / f"contrib{i}", once=True))
         for list_ in found.values():

@@ -254,7 +254,7 @@ def backends(scratch: Path, notes: list[str]) -> Iterator[block.Backend]:
         qsd = block.qsd_modes(block.NULL, scratch)["null-co, main loop"]
         yield block.Backend(block.QSD, qsd, scratch / "qsd")
     if missing := block.catalogue.PEERS["contrib-vhost-user-blk"].missing():
-        notes.append(f"without {block.CONTRIB}: {missing} (tests/install_peers.py --bench)")
+        notes.append(f"without {block.CONTRIB}: {missing} (make peers)")
     else:
         disk = scratch / "disk"
         disk.write_bytes(bytes(1 << 20))

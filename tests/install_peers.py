@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """Install the real programs that tests/peers and benchmarks use, on Debian.
 
-    python3 tests/install_peers.py            what the tests need
-    python3 tests/install_peers.py --bench    also QEMU's contrib/vhost-user-blk, built from source
+    python3 tests/install_peers.py            what the tests and the benchmarks need
     python3 tests/install_peers.py --check    install nothing; say what is missing, exit 1 if so
 
 Without root it installs what it can and names the packages that are missing; it then ends with 0,
 unless CI=true.
 
 Quick when all is there. Programs come from ``apt-get install`` and so need root; the guests' kernels,
-kernel headers and libblkio are only downloaded and unpacked below ``.cache/`` (or ``PYVHOST_CACHE``),
-which any user may do. What this release lacks comes from other suites, through apt lists of our own
-below the cache with those suites at priority 50, so that the machine's own apt configuration stays as
-it is: on Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
+kernel headers, libblkio and virtiofsd are only downloaded and unpacked below ``.cache/`` (or
+``PYVHOST_CACHE``), which any user may do; QEMU's contrib/vhost-user-blk is built there from source. What
+this release lacks comes from other suites, through apt lists of our own below the cache with those suites at
+priority 50, so that the machine's own apt configuration stays as it is: on Debian 12 QEMU, libblkio and
+virtiofsd, and everywhere most of the kernels (``peers/kernels.py``).
 
 Knows which package each peer is in. Does not know what the tests do with the programs. Standard library only.
 """
@@ -30,11 +30,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers.apt import Apt, codename, run, say
-from peers.catalogue import BUILD_PACKAGES, BUILD_PROGRAMS, CONTRIB_BLK, KERNEL_HEADERS, LIBBLKIO, PEERS
+from peers.catalogue import (
+    BUILD_PACKAGES,
+    BUILD_PROGRAMS,
+    CONTRIB_BLK,
+    KERNEL_HEADERS,
+    LIBBLKIO,
+    PEERS,
+    VIRTIOFSD,
+)
 from peers.kernel_install import install_kernel
 from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
 
-# The suites that a release lacks something from: (QEMU, libblkio). None: its own is fine.
+# The suites that a release lacks something from: (QEMU, what is unpacked). None: its own is fine.
 EXTRA_SUITES = {"bookworm": ("bookworm-backports", "trixie")}
 
 
@@ -89,8 +97,8 @@ def _kernels() -> dict[str, Kernel]:
     return {"kernel": CLOUD, **{f"kernel-{name}": kernel for name, kernel in KERNELS.items()}}
 
 
-def missing(bench: bool) -> dict[str, str]:
-    reasons = {name: peer.missing() for name, peer in PEERS.items() if bench or not peer.benchmark_only}
+def missing() -> dict[str, str]:
+    reasons = {name: peer.missing() for name, peer in PEERS.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -101,10 +109,9 @@ def report(reasons: dict[str, str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--bench", action="store_true", help="also what only the benchmarks use")
     parser.add_argument("--check", action="store_true", help="install nothing")
     options = parser.parse_args()
-    todo = missing(options.bench)
+    todo = missing()
     if not todo:
         say("all there")
         return 0
@@ -142,12 +149,14 @@ def main() -> int:
             install_kernel(apt, kernel)
     if "libblkio" in todo:
         unpack(apt, "libblkio", blkio_suite, LIBBLKIO)
+    if "virtiofsd" in todo:
+        unpack(apt, "virtiofsd", blkio_suite, VIRTIOFSD)
     if "kernel-headers" in todo:
         unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
     if "contrib-vhost-user-blk" in todo:
         install_contrib_blk(apt, qemu_suite)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
-    todo = missing(options.bench)
+    todo = missing()
     report(todo)
     if not todo:
         say("all there")

@@ -21,11 +21,14 @@ from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
 KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
+VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
 BUSYBOX = Path("/bin/busybox")
 
 # For modules that Debian's kernels lack.
 BUILD_PROGRAMS = ("gcc", "make", "strip")
 BUILD_PACKAGES = ("gcc", "make", "binutils")
+
+VIRTIOFSD_LIBRARIES = ("libc6", "libseccomp2", "libcap-ng0", "libgcc-s1")
 
 # reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
 QEMU_MINIMUM = (9, 2)
@@ -38,7 +41,6 @@ class Peer:
     name: str
     packages: tuple[str, ...]
     missing: Callable[[], str]
-    benchmark_only: bool = False
 
 
 def qemu_version(program: str) -> tuple[int, ...] | None:
@@ -83,6 +85,16 @@ def dpdk() -> str:
     return _program("dpdk-testpmd")()
 
 
+def virtiofsd(socket: Path, folder: Path) -> list[str]:
+    """The command that serves a folder. Its own loader finds it its own C library."""
+    (loader,) = (VIRTIOFSD / "usr").glob("lib*/ld-linux-*.so.*")
+    (libraries,) = (VIRTIOFSD / "usr" / "lib").glob("*-linux-gnu")
+    program = VIRTIOFSD / "usr" / "libexec" / "virtiofsd"
+    command = [str(loader), "--library-path", str(libraries), str(program)]
+    # Without a sandbox of its own it needs no privileges.
+    return [*command, "--socket-path", str(socket), "--shared-dir", str(folder), "--sandbox", "none"]
+
+
 def static_busybox() -> str:
     """The guest has no C library, so busybox must need none: no interpreter named in the file."""
     if not BUSYBOX.exists():
@@ -112,6 +124,7 @@ PEERS: dict[str, Peer] = {
         Peer("iproute2", ("iproute2",), _program("vdpa")),
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
-        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK), benchmark_only=True),
+        Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
+        Peer("virtiofsd", ("virtiofsd", *VIRTIOFSD_LIBRARIES), _file(VIRTIOFSD / "complete")),
     )
 }
