@@ -66,6 +66,11 @@ uint32_t packed_driver_base(const struct driver_queue *dq)
 	       (uint32_t)off_wrap(dq->last_used, dq->used_wrap) << 16;
 }
 
+uint32_t packed_driver_resume_base(const struct driver_queue *dq)
+{
+	return off_wrap(dq->last_used, dq->used_wrap) * 0x10001u;
+}
+
 static void put_desc(struct vring_packed_desc *d, const struct virtqueue_buf *b, uint16_t id)
 {
 	d->addr = b->addr;

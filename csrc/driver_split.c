@@ -53,6 +53,11 @@ uint32_t split_driver_base(const struct driver_queue *dq)
 	return dq->avail;
 }
 
+uint32_t split_driver_resume_base(const struct driver_queue *dq)
+{
+	return READ_ONCE(dq->split.used->idx);
+}
+
 static void put_desc(struct vring_desc *d, const struct virtqueue_buf *b, uint16_t flags,
 		     uint16_t next)
 {

@@ -231,6 +231,36 @@ static void learn(struct blk_worker *w, uint64_t slept)
 	}
 }
 
+/* Until nobody wants it any more. Under the lock. */
+static void keep_off(struct blk_worker *w)
+{
+	struct blk_queue *q;
+
+	while (w->hold)
+		pthread_cond_wait(&w->handed_over, &w->lock);
+	w->parked = false;
+	/* What is missed from here on is news; and so is a kick, should nobody have answered. */
+	for (q = w->queues; q; q = q->next)
+		q->missed = false;
+}
+
+/* From here on nothing of a queue is touched. */
+static void park(struct blk_worker *w)
+{
+	pthread_mutex_lock(&w->lock);
+	w->parked = true;
+	if (w->hold)
+		pthread_cond_broadcast(&w->handed_over);
+	pthread_mutex_unlock(&w->lock);
+}
+
+static void unpark(struct blk_worker *w)
+{
+	pthread_mutex_lock(&w->lock);
+	keep_off(w);
+	pthread_mutex_unlock(&w->lock);
+}
+
 /* Sleeps until a kick, or a change of the list. */
 static void sleep_until_kick(struct blk_worker *w)
 {
@@ -243,16 +273,16 @@ static void sleep_until_kick(struct blk_worker *w)
 	for (q = w->queues; q; q = q->next)
 		if (q->kick < 0 && !q->failed)
 			timeout = 1;
+	park(w);
 	n = epoll_wait(w->epoll, events, 8, timeout);
-	for (q = w->queues; q; q = q->next)
-		q->missed = false; /* a kick is worth asking again, should nobody have answered */
+	unpark(w);
 	for (i = 0; i < n; i++)
 		if (!events[i].data.ptr && read(w->wake, &one, sizeof(one)) < 0 && errno != EAGAIN)
 			continue; /* `wake` is ours and an eventfd: cannot happen */
 	learn(w, now_ns() - start);
 }
 
-/* Takes in and hands back queues. False when none is left: the thread ends. */
+/* Takes in and hands back queues, and keeps off them if that is wanted. False when none is left: the thread ends. */
 static bool change(struct blk_worker *w)
 {
 	struct blk_queue **at, *q;
@@ -273,6 +303,8 @@ static bool change(struct blk_worker *w)
 		q->gone = true;
 	}
 	pthread_cond_broadcast(&w->handed_over);
+	w->parked = true;
+	keep_off(w);
 	more = w->queues;
 	pthread_mutex_unlock(&w->lock);
 	return more;
@@ -546,4 +578,33 @@ void blk_engine_detach(struct blk_engine *e, struct blk_queue *q)
 	close_fds(q);
 	q->worker = NULL;
 	pthread_mutex_unlock(&e->control);
+}
+
+void blk_engine_hold(struct blk_queue *q)
+{
+	struct blk_worker *w = q->worker;
+
+	if (!w || getpid() != w->engine->pid)
+		return;
+	pthread_mutex_lock(&w->lock);
+	w->hold++;
+	if (!w->parked)
+		wake(w);
+	while (!w->parked)
+		pthread_cond_wait(&w->handed_over, &w->lock);
+	pthread_mutex_unlock(&w->lock);
+}
+
+void blk_engine_release(struct blk_queue *q, bool look)
+{
+	struct blk_worker *w = q->worker;
+
+	if (!w || getpid() != w->engine->pid)
+		return;
+	pthread_mutex_lock(&w->lock);
+	if (!--w->hold)
+		pthread_cond_broadcast(&w->handed_over);
+	pthread_mutex_unlock(&w->lock);
+	if (look)
+		eventfd_signal(w->wake);
 }

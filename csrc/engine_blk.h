@@ -48,7 +48,9 @@ struct blk_worker {
 	int epoll, wake;
 	unsigned attached;	    /* queues, those that are on their way included */
 	struct blk_queue *incoming; /* under the lock */
-	bool changed;		    /* atomic: look at `incoming` and for `leaving` */
+	bool changed;		    /* atomic: look at `incoming`, `hold`, and for `leaving` */
+	unsigned hold;		    /* under the lock: who wants the thread to keep off its queues ... */
+	bool parked;		    /* ... and whether it does: while it sleeps, anyway */
 	struct blk_queue *queues;   /* the thread's own */
 	/* The thread's own: how long looking pays off at present, how often at full length it did not,
 	 * and for how many sleeps we do not look at all. */
@@ -101,6 +103,15 @@ int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q
 
 /* Takes the queue back once what was popped is published. Harmless if it is not attached. */
 void blk_engine_detach(struct blk_engine *e, struct blk_queue *q);
+
+/*
+ * Between the two, no queue of the worker that has this one is used, nor anything that they translate with.
+ * Cheaper than to detach and attach, above all while the worker sleeps. Any thread may hold, and several at
+ * a time; nobody attaches or detaches while he does. Does nothing for a queue that is not attached.
+ * `look`: there may be work that no kick tells of.
+ */
+void blk_engine_hold(struct blk_queue *q);
+void blk_engine_release(struct blk_queue *q, bool look);
 
 /*
  * Serves up to `budget` chains of a queue that is not attached in the calling thread, publishes

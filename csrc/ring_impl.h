@@ -26,6 +26,7 @@
 #define DECLARE_DRIVER(format)                                                                     \
 	int format##_driver_init(struct driver_queue *dq, const struct driver_config *cfg);        \
 	uint32_t format##_driver_base(const struct driver_queue *dq);                              \
+	uint32_t format##_driver_resume_base(const struct driver_queue *dq);                       \
 	int format##_add(struct driver_queue *dq, const struct virtqueue_request *req);            \
 	int format##_add_batch(struct driver_queue *dq, const struct virtqueue_request *reqs,      \
 			       unsigned n);                                                        \

@@ -248,6 +248,16 @@ int sigbus_install(void)
 	return rc;
 }
 
+bool sigbus_installed(void)
+{
+	bool is;
+
+	pthread_mutex_lock(&table_lock);
+	is = installed;
+	pthread_mutex_unlock(&table_lock);
+	return is;
+}
+
 const int *sigbus_repairs(void)
 {
 	return &repairs;

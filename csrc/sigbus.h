@@ -11,6 +11,7 @@
 #ifndef VHOST_SIGBUS_H
 #define VHOST_SIGBUS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 /*
@@ -35,6 +36,9 @@ void sigbus_unregister(int handle);
  * negated.
  */
 int sigbus_install(void);
+
+/* Whether sigbus_install() ever succeeded. */
+bool sigbus_installed(void);
 
 /* Where the number of repairs is kept: a thread without time for every flag compares one number. */
 const int *sigbus_repairs(void);

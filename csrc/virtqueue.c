@@ -50,6 +50,7 @@ static const char *const fault_text[VQ_FAULTS] = {
 	[VQ_INFLIGHT_BATCH] = "used index is too far from that of the in-flight region",
 	[VQ_INFLIGHT_COUNT] = "in-flight region has more in flight than was made available",
 	[VQ_INFLIGHT_CHAIN] = "in-flight region has descriptors that are no chain of their length",
+	[VQ_ACCESS] = "buffer may not be accessed in this way",
 	[VQ_MISS] = "IOTLB miss",
 };
 
@@ -257,6 +258,11 @@ void driver_queue_destroy(struct driver_queue *dq)
 uint32_t driver_queue_base(const struct driver_queue *dq)
 {
 	return DRIVER_FORMAT(dq, driver_base)(dq);
+}
+
+uint32_t driver_queue_resume_base(const struct driver_queue *dq)
+{
+	return DRIVER_FORMAT(dq, driver_resume_base)(dq);
 }
 
 int virtqueue_add(struct driver_queue *dq, const struct virtqueue_buf *bufs, unsigned out,

@@ -47,6 +47,7 @@ enum virtqueue_fault {
 	 * that its device could even answer. */
 	VQ_REQUEST_HEADER,     /* fewer device-readable bytes than the request's header has */
 	VQ_REQUEST_STATUS,     /* fewer device-writable bytes than the answer needs at least */
+	VQ_ACCESS,	       /* set by who has the IOTLB: it will never have what was missed */
 	/* No fault: the IOTLB lacks a mapping for the next chain, or for the ring itself. The queue looks
 	 * empty, and nothing changed, until virtqueue_retry or virtqueue_map. `value` is the IOVA, `limit` the
 	 * access that is lacking (IOTLB_READ, IOTLB_WRITE). */
@@ -289,6 +290,10 @@ void driver_queue_destroy(struct driver_queue *dq);
 
 /* The base to hand to a device now, and to a later driver_queue_init once nothing is out. */
 uint32_t driver_queue_base(const struct driver_queue *dq);
+
+/* The base to hand to a device that goes on after one that died with chains out, if it knows them from
+ * the in-flight buffer: all that can be said here is what was used. */
+uint32_t driver_queue_resume_base(const struct driver_queue *dq);
 
 /* One chain of out device-readable, then in device-writable buffers. The chain's id (>= 0), -ENOSPC
  * (come back after get_buf), -EINVAL (no buffers, a length 0, an address that wraps, 2^32 bytes or more,

@@ -8,7 +8,8 @@
 
 static void beyond(struct virtqueue *vq, uint16_t head, uint64_t guest_addr)
 {
-	if (!vq->report.fault)
+	/* A miss passes; this does not. */
+	if (!vq->report.fault || vq->report.fault == VQ_MISS)
 		vq_report(vq, VQ_LOG_ADDRESS, head, guest_addr, dirty_log_limit(&vq->log->map));
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import vhost
+from vhost.trace.recording import dump, header
+from vhost.trace.records import Happening, Record
+from vhost.user.messages import FrontendMsg, frame
+from vhost.user.spec import Role
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 1 << 20
@@ -71,6 +76,20 @@ def test_own_loop(image: Path) -> None:
     assert image.read_bytes()[1536:2048] == b"\xa5" * 512
 
 
+def test_dirty_log(tmp_path: Path, image: Path) -> None:
+    (code,) = examples("docs/migration.md")
+    path = tmp_path / "s"
+    with vhost.Server(vhost.devices.Blk(image), path) as server:
+        command = [sys.executable, "-c", code, str(path)]
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while client.poll() is None:
+            select.select([server.fileno()], [], [], 0.02)
+            server.step()
+        out, errors = client.communicate()
+    assert client.returncode == 0, errors
+    assert len(out.split()) >= 2, "the data, and the ring"
+
+
 def test_asyncio(tmp_path: Path, image: Path) -> None:
     code = examples("docs/embedding.md")[1]
     command = [sys.executable, "-c", code, str(image), str(tmp_path / "disk.sock")]
@@ -78,3 +97,15 @@ def test_asyncio(tmp_path: Path, image: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "read back 4096 bytes {90}\n"
     assert image.read_bytes()[:4096] == b"\x5a" * 4096
+
+
+def test_recording(tmp_path: Path) -> None:
+    (code,) = examples("docs/trace.md")
+    lines = [header()]
+    for number in (FrontendMsg.SET_OWNER, FrontendMsg.GET_FEATURES, FrontendMsg.GET_FEATURES):
+        lines.append(dump(Record(0, 1, 0, Happening.DATA, Role.FRONTEND, frame(number))))
+    (tmp_path / "recording").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-c", code, str(tmp_path / "recording")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "     2 GET_FEATURES\n     1 SET_OWNER\n"

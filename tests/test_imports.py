@@ -17,29 +17,31 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 
 # What a module may import of this package, by longest matching prefix. A prefix names itself and all
 # below it; "vhost.devices*" would be the same as "vhost.devices".
-LOWEST = ("vhost.errors", "vhost.features", "vhost.iotlb")
+LOWEST = ("vhost.errors", "vhost.features")
 RINGS = (
     *LOWEST,
     "vhost._core",
     "vhost.dirty_log",
+    "vhost.inflight",
     "vhost.shmem",
     "vhost._ring",
     "vhost._iotlb",
+    "vhost.iotlb",
     "vhost.memory",
     "vhost.virtqueue",
     "vhost.chain",
     "vhost.device_queue",
     "vhost.driver_queue",
 )
-PROTOCOL = (
-    *LOWEST,
-    "vhost.user.payloads",
-    "vhost.user.gpu_payloads",
-    "vhost.user.spec",
-    "vhost.user.gpu_messages",
-    "vhost.user.messages",
-    "vhost.user.session",
-)
+# Each knows those before it.
+PROTOCOL_FILES = ("payloads", "gpu_payloads", "spec", "gpu_messages", "messages", "session")
+PROTOCOL = (*LOWEST, *(f"vhost.user.{name}" for name in PROTOCOL_FILES))
+
+
+def below_in_protocol(name: str) -> tuple[str, ...]:
+    return PROTOCOL[: PROTOCOL.index(f"vhost.user.{name}")]
+
+
 # What serves a device, whatever brings the requests.
 SERVING = ("vhost.devices.base", "vhost.devices.requests", "vhost.devices.rings", "vhost.devices.session")
 ROLES = (*RINGS, *PROTOCOL, *SERVING, "vhost.user.transport", "vhost.ops")
@@ -55,18 +57,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost._ring": RINGS,
     "vhost.memory": (*LOWEST, "vhost._core"),
     "vhost.dirty_log": (*LOWEST, "vhost._core", "vhost.memory"),
+    "vhost.inflight": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.shmem": (*LOWEST, "vhost._core"),
     "vhost.chain": RINGS,
     "vhost.device_queue": RINGS,
     "vhost.driver_queue": RINGS,
     "vhost.virtqueue": RINGS,
     "vhost.ops": (*RINGS, "vhost.user.payloads"),
-    "vhost.user.payloads": LOWEST,
-    "vhost.user.gpu_payloads": PROTOCOL[:3],
-    "vhost.user.spec": PROTOCOL[:3],
-    "vhost.user.gpu_messages": PROTOCOL[:5],
-    "vhost.user.messages": PROTOCOL[:6],
-    "vhost.user.session": PROTOCOL[:7],
+    **{f"vhost.user.{name}": below_in_protocol(name) for name in PROTOCOL_FILES},
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
     "vhost.virtio_blk": LOWEST,

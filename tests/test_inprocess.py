@@ -114,6 +114,7 @@ def test_requests_that_are_refused(disk: Path) -> None:
         with vhost.drivers.Blk(ops) as driver:
             with pytest.raises(vhost.DeviceBusy):
                 vhost.drivers.Blk(other)
+            driver.read(0, 1)  # until then it could be told anew
             with pytest.raises(InvalidState, match="ring 0: SET_VRING_NUM while the ring is started"):
                 ops.set_vring_num(0, 64)
             assert len(driver.read(0, 1)) == 512

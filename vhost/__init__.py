@@ -7,6 +7,7 @@ from vhost import devices, drivers, kernel
 from vhost.chain import Chain
 from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
+from vhost.dirty_log import DirtyLog
 from vhost.driver_queue import DriverQueue
 from vhost.errors import (
     DeviceBusy,
@@ -32,6 +33,7 @@ __all__ = [
     "DeviceBusy",
     "DeviceId",
     "DeviceQueue",
+    "DirtyLog",
     "DriverQueue",
     "Frontend",
     "GuestMemory",

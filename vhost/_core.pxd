@@ -86,6 +86,7 @@ cdef extern from "sigbus.h" nogil:
     int sigbus_register(void *, size_t, int *)
     void sigbus_unregister(int)
     int sigbus_install()
+    bint sigbus_installed()
     const int *sigbus_repairs()
 
 
@@ -123,10 +124,22 @@ cdef extern from "vring.h" nogil:
     size_t vring_device_size(uint32_t, int)
 
 
+cdef extern from "inflight.h" nogil:
+    enum:
+        INFLIGHT_ALIGN
+
+    struct queue_inflight "inflight":
+        uint32_t old_num
+        uint32_t old_popped
+
+    uint64_t inflight_region_size(uint32_t, bint)
+
+
 cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
         VQ_ADDRESS
+        VQ_ACCESS
         VQ_MISS
 
     const char *virtqueue_fault_text(virtqueue_fault)
@@ -153,6 +166,8 @@ cdef extern from "virtqueue.h" nogil:
         bint event_idx
         bint in_order
         bint swapped
+        void *inflight
+        uint32_t inflight_num
 
     struct virtqueue_log
 
@@ -167,6 +182,7 @@ cdef extern from "virtqueue.h" nogil:
         uint32_t inuse
         virtqueue_fault_report report
         virtqueue_log *log
+        queue_inflight *inflight
 
     int virtqueue_init(virtqueue *, const virtqueue_config *)
     void virtqueue_destroy(virtqueue *)
@@ -214,6 +230,7 @@ cdef extern from "virtqueue.h" nogil:
     int driver_queue_init(driver_queue *, const driver_config *)
     void driver_queue_destroy(driver_queue *)
     uint32_t driver_queue_base(const driver_queue *)
+    uint32_t driver_queue_resume_base(const driver_queue *)
     int virtqueue_add(driver_queue *, const virtqueue_buf *, unsigned int, unsigned int, uint64_t)
 
     struct virtqueue_request:
@@ -300,6 +317,8 @@ cdef extern from "engine_blk.h" nogil:
     int blk_engine_notice(const blk_engine *)
     int blk_engine_attach(blk_engine *, unsigned int, blk_queue *, const blk_queue_config *)
     void blk_engine_detach(blk_engine *, blk_queue *)
+    void blk_engine_hold(blk_queue *)
+    void blk_engine_release(blk_queue *, bint)
     int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)
 
 

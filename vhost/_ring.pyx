@@ -132,12 +132,11 @@ cdef list missing_areas(Iotlb iotlb, uint32_t num, bint packed, const uint64_t *
     return found
 
 
-def ring_misses(Iotlb iotlb not None, int64_t num, bint packed, desc, avail, used):
+def ring_misses(Iotlb iotlb not None, uint32_t num, bint packed, desc, avail, used):
     cdef uint64_t[3] addrs
     addrs[0] = desc
     addrs[1] = avail
     addrs[2] = used
-    check_num("ring", num, packed)
     return missing_areas(iotlb, num, packed, addrs)
 
 

@@ -6,6 +6,7 @@ from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, virtqueue_l
 from vhost._iotlb cimport Iotlb
 from vhost.chain cimport Chain
 from vhost.dirty_log cimport DirtyLog
+from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory
 
 
@@ -14,6 +15,7 @@ cdef class DeviceQueue:
     cdef virtqueue vq
 
     cdef readonly GuestMemory memory
+    cdef readonly InflightRegion inflight
     cdef readonly Iotlb iotlb  # None: without an IOMMU
     cdef readonly str name
     cdef readonly uint32_t index

@@ -7,6 +7,7 @@ from typing import final
 from vhost._iotlb import Iotlb
 from vhost.chain import Chain
 from vhost.dirty_log import DirtyLog
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 
 __all__ = ["DeviceQueue"]
@@ -49,6 +50,7 @@ class DeviceQueue:
         call: int = -1,
         call_vq: int | None = None,
         err: int = -1,
+        inflight: InflightRegion | None = None,
         index: int = 0,
         name: str = "queue",
     ) -> None:
@@ -62,6 +64,9 @@ class DeviceQueue:
         of it.
         ``iotlb``: all addresses are IOVAs. The ring has to be mapped; what its chains need need not be.
         ``base`` as in SET_VRING_BASE; None starts where a split ring's used index stands.
+        ``inflight``: note in its part ``index`` what is in flight. If a predecessor did, ``base`` means
+        nothing: the queue goes on where that one was, and what it left is popped first, in its order.
+        InvalidQueue if what it says cannot be.
         """
 
     @property
@@ -125,6 +130,14 @@ class DeviceQueue:
         """Ring slots of chains that were popped and are not published yet."""
 
     @property
+    def inflight(self) -> InflightRegion | None:
+        """Where it is noted what is in flight."""
+
+    @property
+    def resubmits(self) -> int:
+        """Chains of a predecessor that are still to be popped again."""
+
+    @property
     def device_area_size(self) -> int:
         """Bytes of what the device writes to: the used ring, or a packed ring's device event area."""
 
@@ -144,7 +157,7 @@ class DeviceQueue:
     def dirty_log(self) -> DirtyLog | None: ...
     def mark_written(self, addr: int, size: int) -> None:
         """For a device that writes to guest memory otherwise than through a chain, after it did: ``size``
-        bytes at a guest address. Chains see to themselves: what ``write`` wrote, what a buffer of
+        bytes at a guest-physical address. Chains see to themselves: what ``write`` wrote, what a buffer of
         ``writable`` covers, and what ``push`` was told."""
 
     @property
@@ -169,9 +182,15 @@ class DeviceQueue:
         """
 
     def translate(self) -> list[tuple[int, int]]:
-        """With an IOTLB that changed: find the ring anew, and try again what was missed. Returns what the ring
-        itself lacks, IOVAs and access; while that is something the queue looks empty, touches nothing of the
-        ring, and keeps what is pushed for later. Nothing else may use the queue meanwhile."""
+        """With an IOTLB that changed: find the ring anew. Returns what the ring itself lacks, IOVAs and access;
+        while that is something the queue looks empty, touches nothing of the ring, and keeps what is pushed
+        for later. Nothing else may use the queue meanwhile."""
+
+    def retry(self) -> None:
+        """What the next chain misses may be mapped now: look again. Until then the queue looks empty."""
+
+    def deny(self, reason: str) -> None:
+        """What it misses it will never get: it is broken."""
 
     @property
     def miss(self) -> tuple[int, int] | None:

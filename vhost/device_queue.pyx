@@ -7,7 +7,7 @@ Knows rings and memory; knows neither devices nor how kicks arrive.
 cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport ENOMEM, ERANGE
+from libc.errno cimport EBADMSG, ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -17,6 +17,7 @@ from vhost._iotlb cimport Iotlb
 from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
 from vhost.chain cimport Chain, chain_start
 from vhost.dirty_log cimport DirtyLog
+from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory, memory_broken
 
 from vhost.errors import InvalidLogAddress, InvalidQueue, QueueBroken
@@ -63,6 +64,7 @@ cdef class DeviceQueue:
         int call=-1,
         call_vq=None,
         int err=-1,
+        InflightRegion inflight=None,
         uint32_t index=0,
         str name not None="queue",
     ):
@@ -102,9 +104,16 @@ cdef class DeviceQueue:
         cfg.in_order = in_order
         cfg.swapped = big_endian
         cfg.base = self.choose_base(base, packed, big_endian, <vring_used *>cfg.areas.used)
+        cfg.inflight = NULL
+        if inflight is not None:
+            cfg.inflight = inflight.of_queue(name, index, packed)
+            cfg.inflight_num = inflight.queue_size
+        self.inflight = inflight
         rc = virtqueue_init(&self.vq, &cfg)
         if rc == -ENOMEM:
             raise MemoryError
+        if rc == -EBADMSG:
+            raise InvalidQueue(f"{name}: {fault_reason(&self.vq.report)}")
         if rc:
             raise InvalidQueue(f"{name}: base {cfg.base:#x} is none for a ring of {num}")
         self.ready = True
@@ -177,6 +186,12 @@ cdef class DeviceQueue:
     @property
     def in_flight(self):
         return self.vq.inuse
+
+    @property
+    def resubmits(self):
+        if self.vq.inflight == NULL:
+            return 0
+        return self.vq.inflight.old_num - self.vq.inflight.old_popped
 
     @property
     def call(self):
@@ -388,7 +403,8 @@ cdef class DeviceQueue:
         return bool(self.tell_driver())
 
     cdef int tell_driver(self) except -1:
-        self.tell_log()
+        if unlikely(self.vq.log != NULL):
+            self.tell_log()
         if not virtqueue_should_notify(&self.vq):
             return 0
         tell(&self.to_driver)
@@ -412,6 +428,7 @@ cdef class DeviceQueue:
         self.log.fd = fd
         self.log.changed = False
         self.apply_log()
+        self.tell_log()
 
     cdef int apply_log(self) except -1:
         cdef int rc = virtqueue_set_log(&self.vq, &self.log)
@@ -437,7 +454,7 @@ cdef class DeviceQueue:
         self.tell_log()
 
     cdef int tell_log(self) except -1:
-        if unlikely(self.vq.log != NULL) and virtqueue_should_tell_log(&self.vq):
+        if virtqueue_should_tell_log(&self.vq):
             signal(self.log.fd)
         return 0
 
@@ -491,10 +508,19 @@ cdef class DeviceQueue:
         ):
             virtqueue_map(&self.vq, &areas)
             self.areas = areas
+            if self.dirty_log is not None and self.vq.log == NULL:
+                self.apply_log()  # which says why not
             self.tell_driver()
-        else:
-            virtqueue_retry(&self.vq)
         return missing
+
+    def retry(self):
+        virtqueue_retry(&self.vq)
+
+    def deny(self, str reason not None):
+        # Also to an engine that serves the queue.
+        if self.vq.report.fault == VQ_MISS:
+            self.vq.report.fault = VQ_ACCESS
+        self.mark_broken(reason)
 
     @property
     def miss(self):
@@ -504,6 +530,8 @@ cdef class DeviceQueue:
 
     def close(self):
         self.closed = True
+        # They are the caller's, who may close them now: a device that kept the queue must not hit others.
+        self.kick = self.to_driver.fd = self.err = -1
         self.empty_pool()
 
     cdef int must_be_open(self) except -1:
@@ -533,7 +561,7 @@ cdef class DeviceQueue:
 
     cdef int check_memory(self) except -1:
         # Memory whose file went away reads as zeros, and an empty ring is what that looks like.
-        if memory_broken(self.memory):
+        if memory_broken(self.memory) or self.inflight is not None and self.inflight.broken:
             self.fail()
         return 0
 
@@ -542,6 +570,8 @@ cdef class DeviceQueue:
         if self.reason is None:
             if memory_broken(self.memory):
                 self.mark_broken("a memory region's file was truncated")
+            elif self.inflight is not None and self.inflight.broken:
+                self.mark_broken("the file of the in-flight buffer was truncated")
             elif self.vq.report.fault and self.vq.report.fault != VQ_MISS:
                 self.reason = fault_reason(&self.vq.report)
                 signal(self.err)

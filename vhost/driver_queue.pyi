@@ -106,4 +106,8 @@ class DriverQueue:
         """Where a device would start on this ring (SET_VRING_BASE)."""
 
     @property
+    def resume_base(self) -> int:
+        """Where one goes on that finds in the in-flight buffer what is out: after what was used."""
+
+    @property
     def broken(self) -> str | None: ...

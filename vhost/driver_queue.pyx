@@ -153,6 +153,10 @@ cdef class DriverQueue:
         return driver_queue_base(&self.dq)
 
     @property
+    def resume_base(self):
+        return driver_queue_resume_base(&self.dq)
+
+    @property
     def free(self):
         return self.dq.num_free
 

@@ -263,6 +263,15 @@ DEVICE_FEATURES: dict[DeviceId, type[IntFlag]] = {
 """Device-specific features by type, for those types whose bits are named here."""
 
 
+def guess_device(features: int) -> DeviceId | None:
+    """What kind of device offers these features, as far as they tell: vhost-user has no message for it."""
+    if features & (NetF.MRG_RXBUF | NetF.CTRL_VQ):
+        return DeviceId.NET
+    if features & BlkF.FLUSH and features & (BlkF.BLK_SIZE | BlkF.SEG_MAX):
+        return DeviceId.BLOCK
+    return None
+
+
 def bits(value: int) -> Iterator[int]:
     """The numbers of the bits that are set, lowest first."""
     while value > 0:

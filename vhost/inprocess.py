@@ -176,8 +176,7 @@ class InProcess(VhostOps):
     def set_vring_base(self, index: int, base: int) -> None:
         with self._request() as session:
             ring = session.ring_at(index, "SET_VRING_BASE")
-            ring.must_be_stopped("SET_VRING_BASE")
-            ring.base = base
+            session.begin_ring(ring, base, "SET_VRING_BASE")
 
     def get_vring_base(self, index: int) -> int:
         with self._request() as session:

@@ -6,7 +6,7 @@ from typing import Any, Final, final, overload
 
 from typing_extensions import Buffer
 
-__all__ = ["MAX_REGIONS", "GuestMemory", "Region", "install_sigbus_handler"]
+__all__ = ["MAX_REGIONS", "GuestMemory", "Region", "has_sigbus_handler", "install_sigbus_handler"]
 
 MAX_REGIONS: Final = 509
 
@@ -16,6 +16,9 @@ def install_sigbus_handler() -> None:
     Process-wide, so only a program does it, never the library: from now on a SIGBUS inside a mapped
     region puts zero pages there and sets ``Region.broken``; any other SIGBUS goes where it went before.
     """
+
+def has_sigbus_handler() -> bool:
+    """Whether the program called ``install_sigbus_handler``."""
 
 @final
 class Region:

@@ -30,7 +30,7 @@ from vhost._core cimport *
 
 from vhost.errors import IncorrectFds, InvalidGuestMemory
 
-__all__ = ["MAX_REGIONS", "GuestMemory", "Region", "install_sigbus_handler"]
+__all__ = ["MAX_REGIONS", "GuestMemory", "Region", "has_sigbus_handler", "install_sigbus_handler"]
 
 MAX_REGIONS = GUEST_MEMORY_MAX_REGIONS
 
@@ -53,6 +53,10 @@ cdef extern from *:
 
 cdef const int *sigbus_count() noexcept:
     return sigbus_repairs()
+
+
+def has_sigbus_handler():
+    return bool(sigbus_installed())
 
 
 def install_sigbus_handler():

@@ -12,16 +12,41 @@ business: it was told the memory with ``set_mem_table`` and translates.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from vhost.errors import UnsupportedRequest
+from vhost.errors import InactiveFeature, UnsupportedRequest
 
 if TYPE_CHECKING:
     from vhost.dirty_log import DirtyLog
     from vhost.memory import GuestMemory
+
+
+class InflightBuffer:
+    """A back-end's notes of what it has in flight. They survive it: this owns the descriptor."""
+
+    def __init__(self, fd: int, size: int, offset: int, num_queues: int, queue_size: int) -> None:
+        self.fd = fd
+        self.size = size
+        """Bytes, from ``offset`` in the file."""
+        self.offset = offset
+        self.num_queues = num_queues
+        self.queue_size = queue_size
+
+    def close(self) -> None:
+        """Any number of times."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<InflightBuffer of {self.num_queues} queues of {self.queue_size}, fd {self.fd}>"
 
 
 class VhostOps(ABC):
@@ -128,6 +153,24 @@ class VhostOps(ABC):
 
     def stop_log(self) -> None:
         """Mark no more pages."""
+        raise UnsupportedRequest(f"{type(self).__name__} keeps no dirty log")
+
+    # ------------------------------------------------------------------ what is in flight
+
+    @property
+    def tracks_inflight(self) -> bool:
+        """Can the back-end note what it has in flight, for the one that comes after it?"""
+        return False
+
+    def get_inflight_fd(self, num_queues: int, queue_size: int) -> InflightBuffer | None:
+        """A new buffer for these notes, which is the caller's; None if the back-end has none. For new rings
+        that start from now on."""
+        return None
+
+    def set_inflight_fd(self, buffer: InflightBuffer) -> None:
+        """Go on with what is in flight according to this buffer. While no ring runs; again whenever rings
+        that were stopped are to start again."""
+        raise InactiveFeature("the back-end does not track what is in flight")
 
     # ------------------------------------------------------------------ events, and the end
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vhost.errors import ProtocolError
-from vhost.features import BlkF, NetF, ProtocolF, VhostF, VirtioF, feature_names
+from vhost.features import DEVICE_FEATURES, ProtocolF, VhostF, VirtioF, feature_names, guess_device
 from vhost.user.frontend import Frontend
 from vhost.virtio_blk import SECTOR, BlkConfig
 
@@ -25,8 +25,9 @@ def probe(path: str | os.PathLike[str], *, timeout: float | None = 5.0) -> dict[
     with Frontend.connect(path, timeout=timeout) as frontend:
         features = frontend.offered_features
         protocol = frontend.offered_protocol_features
-        device = _guess(features)
-        kinds = {"block": (BlkF,), "net": (NetF,)}.get(device or "", ())
+        guess = guess_device(features)
+        device = None if guess is None else guess.name.lower()
+        kinds = () if guess is None else (DEVICE_FEATURES[guess],)
         report: dict[str, Any] = {
             "socket": os.fspath(path),
             "device": device,
@@ -48,14 +49,6 @@ def probe(path: str | os.PathLike[str], *, timeout: float | None = 5.0) -> dict[
                 decoded = BlkConfig.unpack(config)
                 report["config"] = {**asdict(decoded), "bytes": decoded.capacity * SECTOR}
         return report
-
-
-def _guess(features: int) -> str | None:
-    if features & (NetF.MRG_RXBUF | NetF.CTRL_VQ):
-        return "net"
-    if features & BlkF.FLUSH and features & (BlkF.BLK_SIZE | BlkF.SEG_MAX):
-        return "block"
-    return None
 
 
 def _read_config(frontend: Frontend) -> bytes:

@@ -20,8 +20,8 @@ from devices.load import Load
 from vhost.devices.blk import Blk as Device
 from vhost.drivers import Blk, BlkError
 from vhost.errors import InactiveFeature, InvalidQueue, ReplyTimeout, VhostError
-from vhost.features import BlkF, VirtioF
-from vhost.user.frontend import Frontend
+from vhost.features import BlkF, ProtocolF, VirtioF
+from vhost.user.frontend import WANTED, Frontend
 from vhost.virtio_blk import BlkConfig, BlkStatus, BlkType
 
 SECTORS = 4096
@@ -299,21 +299,26 @@ def program(path: Path, image: Path, *more: str) -> Iterator[subprocess.Popen[by
 
 
 @pytest.mark.parametrize(("packed", "in_order"), RINGS)
+@pytest.mark.parametrize("tracked", [False, True])
 def test_killed_with_requests_in_flight(
-    image: Path, tmp_path: Path, packed: bool, in_order: bool, no_leaks: None
+    image: Path, tmp_path: Path, packed: bool, in_order: bool, tracked: bool, no_leaks: None
 ) -> None:
+    """The next one goes on with the rings as they are, or gets all again in new ones."""
     path = tmp_path / "s"
+    wanted = int(WANTED if tracked else WANTED & ~ProtocolF.INFLIGHT_SHMFD)
     load: Load | None = None
     without = 0 if in_order else int(VirtioF.IN_ORDER)
     for life in range(3):
         with program(path, image, "--num-queues", "2") as server:
-            frontend = Frontend.connect(path, retry=20)
+            frontend = Frontend.connect(path, retry=20, protocol_features=wanted)
             if load is None:
                 disk = Blk(frontend, num_queues=2, packed=packed, depth=24, without=without)
                 load = Load(disk)
             else:
                 assert disk.in_flight
-                disk.restart(frontend)
+                rings = disk.queues
+                assert disk.restart(frontend) == tracked
+                assert (disk.queues is rings) == tracked
             for _ in range(30):
                 load.fill()
                 load.reap(wait=True)
@@ -322,6 +327,65 @@ def test_killed_with_requests_in_flight(
                 os.kill(server.pid, signal.SIGKILL)
                 server.wait()
                 load.fill()
+                frontend.close()
+                continue
+            load.check(image)
+            disk.close()
+            frontend.close()
+    del disk, load, frontend
+
+
+def test_a_back_end_that_tracks_comes_back_without(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    """And the other way round: what was negotiated first does not bind."""
+    path = tmp_path / "s"
+    load: Load | None = None
+    for life, (more, goes_on) in enumerate(
+        [((), None), (("--without", "inflight-shmfd"), False), ((), False)]
+    ):
+        with program(path, image, *more) as server, Frontend.connect(path, retry=20) as frontend:
+            if load is None:
+                disk = Blk(frontend)
+                load = Load(disk)
+            else:
+                assert disk.restart(frontend) is goes_on
+            for _ in range(10):
+                load.fill()
+                load.reap(wait=True)
+            if life < 2:
+                load.fill()
+                os.kill(server.pid, signal.SIGKILL)
+                server.wait()
+                continue
+            load.check(image)
+            disk.close()
+    del disk, load, frontend
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("drains", [False, True])
+def test_from_one_back_end_to_the_other(
+    image: Path, tmp_path: Path, packed: bool, drains: bool, no_leaks: None
+) -> None:
+    """The first one is not killed but told to stop its rings, and may leave what is in flight in the buffer
+    (GET_VRING_BASE_INFLIGHT)."""
+    hand_over = ProtocolF(0) if drains else ProtocolF.GET_VRING_BASE_INFLIGHT
+    wanted = int(WANTED | hand_over)
+    load: Load | None = None
+    with program(tmp_path / "s0", image, "--share"), program(tmp_path / "s1", image, "--share"):
+        for life in range(6):
+            frontend = Frontend.connect(tmp_path / f"s{life % 2}", retry=20, protocol_features=wanted)
+            assert frontend.protocol_features & hand_over == hand_over
+            if load is None:
+                disk = Blk(frontend, packed=packed, depth=24)
+                load = Load(disk)
+            else:
+                assert disk.restart(frontend)
+            for _ in range(10):
+                load.fill()
+                load.reap(wait=True)
+            load.fill()
+            if life < 5:
+                frontend.get_vring_base(0)
                 frontend.close()
                 continue
             load.check(image)

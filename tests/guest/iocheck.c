@@ -11,6 +11,7 @@
  *   iocheck churn   FILE SEED OFFSET LENGTH WRITERS STOP   so many processes, each in a slice of its
  *                                             own, write and verify until the file STOP exists
  *
+ * churn says how many pages of its buffers lie above 4 GiB, where memory that is plugged in comes to be.
  * Ends with "OK ..." and 0, or with the first difference and 1.
  */
 #define _GNU_SOURCE		/* O_DIRECT */
@@ -48,6 +49,21 @@ static int open_file(const char *path, int flags)
 	if (fd < 0)
 		fail(path, 0);
 	return fd;
+}
+
+/* Of the pages that are there; the kernel tells root alone where. */
+static unsigned int pages_above_4g(const unsigned char *p, uint64_t length)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	unsigned int above = 0;
+	uint64_t entry;
+
+	for (uint64_t at = (uintptr_t)p; at < (uintptr_t)p + length; at += BLOCK)
+		if (pread(fd, &entry, sizeof(entry), at / BLOCK * sizeof(entry)) == sizeof(entry) &&
+		    entry >> 63 && (entry & ((1ULL << 55) - 1)) >= (1ULL << 32) / BLOCK)
+			above++;
+	close(fd);
+	return above;
 }
 
 /* Sectors start at odd multiples of 512 in memory too: a request then has many segments. */
@@ -190,7 +206,8 @@ static void churn_slice(const char *path, uint64_t seed, uint64_t offset, uint64
 	}
 	/* Leave what anybody can verify with the seed alone. */
 	write_shuffled(fd, seed, offset, length);
-	printf("in the end, %llu before\n", (unsigned long long)requests);
+	printf("in the end, %llu before; %u pages above 4 GiB\n", (unsigned long long)requests,
+	       pages_above_4g(base, 8 * BLOCK));
 }
 
 static int churn(const char *path, uint64_t seed, uint64_t offset, uint64_t length,

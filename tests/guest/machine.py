@@ -40,11 +40,23 @@ def vhost_user_blk(
     packed: bool = False,
     queue_size: int = 128,
     reconnect_ms: int = 0,
+    iommu: bool = False,
     name: str = "disk",
+    bus: str = "",
 ) -> list[str]:
+    """``iommu``: behind a virtual IOMMU, with an IOTLB of its own (PCI's ATS)."""
     reconnect = f",reconnect-ms={reconnect_ms}" if reconnect_ms else ""
     ring = f",packed={'on' if packed else 'off'},queue-size={queue_size},num-queues={queues}"
+    ring += f",bus={bus}" if bus else ""
+    before: tuple[str, ...] = ()
+    if iommu:
+        # The IOMMU comes before what is behind it. ATS is an extended capability, which a device directly
+        # on the root complex does not show.
+        before = ("-device", "intel-iommu,intremap=off,device-iotlb=on")
+        before += ("-device", f"pcie-root-port,id=port-{name},chassis=1")
+        ring += f",bus=port-{name},disable-legacy=on,iommu_platform=on,ats=on"
     return [
+        *before,
         *("-chardev", f"socket,id=c-{name},path={path}{reconnect}"),
         *("-device", f"vhost-user-blk-pci,id={name},chardev=c-{name}{ring}"),
     ]
@@ -59,7 +71,7 @@ def vhost_user_rng(path: Path, *, name: str = "rng") -> list[str]:
 
 class Guest:
     """Booted when the constructor returns. Use it as a context manager: it is killed at the end.
-    ``incoming``: a machine without a guest, until one migrates into it (guest/migration.py)."""
+    ``append``: for the kernel's command line. ``incoming``: a machine without a guest, until one migrates into it (guest/migration.py)."""
 
     def __init__(
         self,
@@ -69,6 +81,7 @@ class Guest:
         *,
         cpus: int = 1,
         memory_mib: int = 192,
+        append: str = "",
         incoming: bool = False,
     ) -> None:
         self._input = b""
@@ -82,6 +95,7 @@ class Guest:
                 folder,
                 cpus=cpus,
                 memory_mib=memory_mib,
+                append=append,
                 monitor=qmp,
                 incoming=incoming,
             )

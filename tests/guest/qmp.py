@@ -45,13 +45,13 @@ class Qmp:
             self._events.append(message)
 
     def wait_event(
-        self, name: str, *, timeout: float = 30, matches: Callable[[Event], bool] = lambda event: True
+        self, *names: str, timeout: float = 30, matches: Callable[[Event], bool] = lambda event: True
     ) -> Event:
-        """The first event of that name, also one that came before the call; it is used up."""
+        """The first event of these names, also one that came before the call; it is used up."""
         deadline = time.monotonic() + timeout
         while True:
             for event in self._events:
-                if event["event"] == name and matches(event):
+                if event["event"] in names and matches(event):
                     self._events.remove(event)
                     return event
             self._events.append(self._message(deadline))

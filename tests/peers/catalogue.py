@@ -20,6 +20,9 @@ from peers.kernels import CACHE, CLOUD, KERNELS, Kernel
 
 LIBBLKIO = CACHE / "libblkio"  # libblkio1 and libblkio-dev, unpacked and not installed
 KERNEL_HEADERS = CACHE / "kernel-headers"  # the newest linux-libc-dev, unpacked
+UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; unpacked
+VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
+QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
 BUSYBOX = Path("/bin/busybox")
@@ -29,6 +32,12 @@ BUILD_PROGRAMS = ("gcc", "make", "strip")
 BUILD_PACKAGES = ("gcc", "make", "binutils")
 
 VIRTIOFSD_LIBRARIES = ("libc6", "libseccomp2", "libcap-ng0", "libgcc-s1")
+# Of vhost-user-gpu: it and what QEMU without a display does not need.
+GPU_PACKAGES = (
+    "qemu-system-gui",
+    *("libvirglrenderer1", "libepoxy0", "libvulkan1", "libva2", "libva-drm2"),
+    *("libgbm1", "libdrm2", "libwayland-server0", "libpixman-1-0"),
+)
 
 # reconnect-ms appeared in 9.2; the export tells its front-end about a resize since 8.1.
 QEMU_MINIMUM = (9, 2)
@@ -126,5 +135,8 @@ PEERS: dict[str, Peer] = {
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
         Peer("virtiofsd", ("virtiofsd", *VIRTIOFSD_LIBRARIES), _file(VIRTIOFSD / "complete")),
+        Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
+        Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
+        Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
     )
 }

@@ -72,8 +72,6 @@ def boot(initramfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with ExitStack() as stack:
 
         def start(devices: Sequence[str], **options: Any) -> Guest:
-            return stack.enter_context(
-                Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), **options)
-            )
+            return stack.enter_context(Guest(initramfs, devices, tmp_path_factory.mktemp("guest"), **options))
 
         yield start

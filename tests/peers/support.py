@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 import pytest
 
@@ -42,7 +43,14 @@ def require(*names: str) -> None:
 class Process:
     """A program whose standard error is kept, and looked at for the line that says it is ready."""
 
-    def __init__(self, command: list[str], *, ready: str, pass_fds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        ready: str,
+        pass_fds: tuple[int, ...] = (),
+        stdout: int | IO[str] = subprocess.DEVNULL,
+    ) -> None:
         self.command = command
         self._ready = ready
         self._is_ready = threading.Event()
@@ -50,7 +58,7 @@ class Process:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -66,6 +74,13 @@ class Process:
     def errors(self) -> str:
         """What it wrote to standard error."""
         return "".join(self._lines)
+
+    def wait_line(self, text: str) -> None:
+        """Until it has written a line with that to standard error."""
+        deadline = time.monotonic() + DEADLINE
+        while not any(text in line for line in self._lines):
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.errors()}"
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -139,7 +154,10 @@ class Serve(Process):
 class StorageDaemon:
     """qemu-storage-daemon with one vhost-user-blk export of a plain file, and its monitor."""
 
-    def __init__(self, disk: Path, path: Path, *, queues: int = 2) -> None:
+    def __init__(
+        self, disk: Path, path: Path, *, queues: int = 2, writable: bool = True, more: str = ""
+    ) -> None:
+        """``more`` adds to the export's options."""
         self.path = path
         # Our listening socket, so that there is nothing to wait for before one can connect.
         listener = socket.socket(socket.AF_UNIX)
@@ -153,7 +171,7 @@ class StorageDaemon:
                 *("--chardev", f"socket,id=m,fd={theirs.fileno()}", "--monitor", "chardev=m"),
                 "--export",
                 f"type=vhost-user-blk,id=e,addr.type=fd,addr.str={listener.fileno()},"
-                f"node-name=f,writable=on,num-queues={queues}",
+                f"node-name=f,writable={'on' if writable else 'off'},num-queues={queues}{more}",
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=(listener.fileno(), theirs.fileno()),

@@ -31,10 +31,11 @@ SET_MEM_TABLE, SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 5
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
 SET_BACKEND_REQ_FD, GET_CONFIG = 21, 24
-SET_STATUS, SET_CONFIG = 39, 25
+SET_STATUS, GET_STATUS, SET_CONFIG = 39, 40, 25
 RESET_DEVICE, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 34, 36, 37, 38
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 PROTOCOL_FEATURES, VERSION_1 = 1 << 30, 1 << 32
+GPA_ADDRESSES = 1 << 21
 NOFD = 1 << 8
 
 
@@ -114,7 +115,7 @@ class RawFrontend:
         offered = self.ask(GET_FEATURES).u64
         assert offered & PROTOCOL_FEATURES
         protocol = self.ask(GET_PROTOCOL_FEATURES).u64
-        self.send(SET_PROTOCOL_FEATURES, u64(protocol))
+        self.send(SET_PROTOCOL_FEATURES, u64(protocol & ~GPA_ADDRESSES))  # ours are user addresses
         assert self.status(SET_OWNER) == 0
         assert self.status(SET_FEATURES, u64(VERSION_1 | PROTOCOL_FEATURES)) == 0
 
@@ -137,6 +138,40 @@ class RawFrontend:
         self.negotiate()
         assert self.share_memory() == 0
         self.start_ring()
+
+
+class RawChannel:
+    """A front-end's end of the channel for the back-end's own requests."""
+
+    def __init__(self, raw: RawFrontend) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(20)
+        with theirs:
+            assert raw.status(SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+
+    def receive(self) -> tuple[int, int, bytes, list[int]]:
+        """Number, flags, payload and descriptors of the next request."""
+        data, ancillary, _, _ = self.sock.recvmsg(HEADER.size, 1024)
+        fds = array.array("i")
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+        number, flags, size = HEADER.unpack(data)
+        return number, flags, self.sock.recv(size) if size else b"", list(fds)
+
+    def answer(self, number: int, payload: bytes = bytes(8), descriptors: Sequence[int] = ()) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        data = HEADER.pack(number, VERSION | REPLY, len(payload)) + payload
+        self.sock.sendmsg([data], ancillary if descriptors else [])
+
+    def silent(self, raw: RawFrontend) -> bool:
+        """Nothing comes: an eventfd that was signalled before is seen, at the latest, with the second of
+        two requests on the main socket."""
+        for _ in range(2):
+            raw.ask(GET_FEATURES)
+        return not select.select([self.sock], [], [], 0)[0]
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 def u64(value: int) -> bytes:
@@ -166,9 +201,12 @@ def served(
     *,
     max_connections: int = 64,
     reconnect: float = 0.5,
+    without: int = 0,
 ) -> Iterator[vhost.Server]:
     """A server in a thread, which nothing that a peer does may end."""
-    with vhost.Server(device, path, max_connections=max_connections, reconnect=reconnect) as server:
+    with vhost.Server(
+        device, path, max_connections=max_connections, reconnect=reconnect, without=without
+    ) as server:
         stop = os.eventfd(0)
         failed: list[BaseException] = []
 

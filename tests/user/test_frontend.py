@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,21 @@ class RawBackend:
     def reply(self, number: int, payload: bytes) -> None:
         self.sock.sendall(h.HEADER.pack(number, h.VERSION | h.REPLY, len(payload)) + payload)
 
+    def expect(self, number: int, payload: bytes) -> None:
+        got, _, data = self.receive()
+        assert (got, data) == (number, payload)
+
+    def grant(self, number: int) -> None:
+        """The next request is this one, whatever it says, and is acked."""
+        got, flags, _ = self.receive()
+        assert got == number
+        if flags & h.NEED_REPLY:
+            self.reply(number, h.u64(0))
+
+    def channel(self) -> RawRequests:
+        """The channel that the front-end gave us in the handshake."""
+        return RawRequests(socket.socket(fileno=self.fds.pop()))
+
     def handshake(self, features: int, protocol: int) -> None:
         """Up to the first request after it."""
         expected = [h.GET_FEATURES]
@@ -69,6 +84,39 @@ class RawBackend:
         self.sock.close()
         for fd in self.fds:
             os.close(fd)
+
+
+class RawRequests:
+    """A back-end's own requests, as it is told to make them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.settimeout(20)
+
+    def send(
+        self, number: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = h.VERSION
+    ) -> None:
+        data = h.HEADER.pack(number, flags, len(payload)) + payload
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        self.sock.sendmsg([data], ancillary if fds else [])
+
+    def ask(self, number: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
+        """The status that it is answered with."""
+        self.send(number, payload, fds, flags=h.VERSION | h.NEED_REPLY)
+        return self.answer(number)[0]
+
+    def answer(self, number: int) -> tuple[int, list[int]]:
+        """A u64, and descriptors."""
+        data, ancillary, _, _ = self.sock.recvmsg(20, 1024)
+        got, flags, size = h.HEADER.unpack(data[:12])
+        assert (got, flags, size, len(data)) == (number, h.VERSION | h.REPLY, 8, 20)
+        fds = array.array("i")
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+        return int.from_bytes(data[12:], "little"), list(fds)
+
+    def close(self) -> None:
+        self.sock.close()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from hypothesis import strategies as st
 
+from vhost.user import gpu_payloads as g
 from vhost.user import payloads as p
 from vhost.user.spec import Spec
 
@@ -30,6 +31,20 @@ def _shmem(sizes: list[int]) -> p.ShmemConfig:
         sizes.pop()
     return p.ShmemConfig(tuple(sizes))
 
+
+def _update(scanout: int, x: int, y: int, size: tuple[int, int]) -> g.GpuUpdate:
+    return g.GpuUpdate(scanout, x, y, *size, bytes(4 * size[0] * size[1]))
+
+
+def _modes(modes: list[g.Mode]) -> g.GpuDisplayInfo:
+    while modes and modes[-1] == g.Mode():
+        modes.pop()
+    return g.GpuDisplayInfo(tuple(modes))
+
+
+I32 = st.integers(-(1 << 31), (1 << 31) - 1)
+SIDE = st.integers(0, 20)
+CURSOR = st.binary(max_size=64).map(lambda data: data.ljust(4 * 64 * 64, b"\0"))
 
 STRATEGIES: dict[type[p.Payload], st.SearchStrategy[p.Payload]] = {
     p.Empty: st.just(p.EMPTY),
@@ -59,6 +74,16 @@ STRATEGIES: dict[type[p.Payload], st.SearchStrategy[p.Payload]] = {
         st.binary(min_size=p.CryptoSession.SETUP, max_size=p.CryptoSession.SETUP),
         st.integers(-(1 << 63), (1 << 63) - 1),
     ),
+    g.GpuCursorPos: st.builds(g.GpuCursorPos, U32, U32, U32),
+    g.GpuCursorUpdate: st.builds(g.GpuCursorUpdate, U32, U32, U32, U32, U32, CURSOR),
+    g.GpuScanout: st.builds(g.GpuScanout, U32, U32, U32),
+    g.GpuArea: st.builds(g.GpuArea, U32, U32, U32, U32, U32),
+    g.GpuUpdate: st.builds(_update, U32, U32, U32, st.tuples(SIDE, SIDE)),
+    g.GpuDmabufScanout: st.builds(g.GpuDmabufScanout, *[U32] * 9, I32),
+    g.GpuDmabufScanout2: st.builds(g.GpuDmabufScanout2, *[U32] * 9, I32, U64),
+    g.GpuEdidRequest: st.builds(g.GpuEdidRequest, U32),
+    g.GpuDisplayInfo: st.builds(_modes, st.lists(st.builds(g.Mode, *[U32] * 6), max_size=16)),
+    g.GpuEdid: st.builds(g.GpuEdid, st.binary(max_size=1024)),
 }
 
 _REGION = p.MemoryRegion(0x1000, 0x2000, 0x7F00_0000_0000, 0x4000)
@@ -86,6 +111,16 @@ SAMPLES: dict[type[p.Payload], p.Payload] = {
     p.MMap: p.MMap(3, 0x1000, 0x2000, 0x3000, p.MMap.READ_WRITE),
     p.ShmemConfig: p.ShmemConfig((0x1000, 0, 0x4000)),
     p.CryptoSession: p.CryptoSession(0x104, bytes(range(256)) * 4 + bytes(32), 5),
+    g.GpuCursorPos: g.GpuCursorPos(1, 20, 30),
+    g.GpuCursorUpdate: g.GpuCursorUpdate(1, 20, 30, 4, 5, bytes(range(256)) * 64),
+    g.GpuScanout: g.GpuScanout(1, 1024, 768),
+    g.GpuArea: g.GpuArea(1, 0, 8, 16, 32),
+    g.GpuUpdate: g.GpuUpdate(1, 0, 8, 2, 3, bytes(range(24))),
+    g.GpuDmabufScanout: g.GpuDmabufScanout(1, 0, 0, 640, 480, 640, 480, 2560, 0, 0x34325258),
+    g.GpuDmabufScanout2: g.GpuDmabufScanout2(1, 0, 0, 640, 480, 640, 480, 2560, 0, 0x34325258, 1 << 56),
+    g.GpuEdidRequest: g.GpuEdidRequest(1),
+    g.GpuDisplayInfo: g.GpuDisplayInfo((g.Mode(0, 0, 1024, 768, 1, 0),)),
+    g.GpuEdid: g.GpuEdid(bytes(range(128))),
 }
 
 

@@ -6,20 +6,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from vhost.cli.arguments import wakeup_on
 
 if TYPE_CHECKING:
     from vhost.cli.arguments import Commands
     from vhost.trace.events import Event
-    from vhost.trace.output import Output
     from vhost.trace.records import Record
 
 
@@ -124,18 +123,18 @@ def proxy(args: argparse.Namespace, summary: Summary) -> None:
     with contextlib.ExitStack() as stack:
         wakeup = stack.enter_context(wakeup_on(signal.SIGTERM, signal.SIGINT))
 
-        def failed(error: OSError) -> None:
-            # The traffic of those who are connected goes on; there is no use in more of them.
-            broken.append(error)
-            os.kill(os.getpid(), signal.SIGTERM)
+        told, teller = (stack.enter_context(sock) for sock in socket.socketpair())
 
-        broken: list[OSError] = []
-        shown = Output(sys.stdout, lambda count: lost_line(args, count), failed)
+        def failed(error: OSError) -> None:
+            with contextlib.suppress(OSError):  # this was the end anyway
+                teller.send((error.strerror or "failed").encode())
+
+        shown = Output(sys.stdout.fileno(), lambda count: lost_line(args, count), failed)
         stack.callback(shown.close)
         recorded: Output | None = None
         if args.write is not None:
-            file: IO[str] = stack.enter_context(open(args.write, "w", encoding="utf-8"))
-            recorded = Output(file, lambda count: dump(lost_record(count)), failed)
+            file = stack.enter_context(open(args.write, "wb"))
+            recorded = Output(file.fileno(), lambda count: dump(lost_record(count)), failed)
             stack.callback(recorded.close)
             recorded.put(header())
 
@@ -151,15 +150,13 @@ def proxy(args: argparse.Namespace, summary: Summary) -> None:
             Proxy(args.listen, args.connect, emit, reverse=args.reverse, once=args.once)
         )
 
-        def signalled() -> None:
-            wakeup.recv(64)
-            if broken and not between.draining:
-                print(f"vhost: output: {broken[0].strerror}", file=sys.stderr, flush=True)
-                between.draining = True
-            elif not broken:
-                between.close()
+        def not_written() -> None:
+            # The traffic of those who are connected goes on; there is no use in more of them.
+            print(f"vhost: output: {told.recv(100).decode()}", file=sys.stderr, flush=True)
+            between.draining = True
 
-        between.add_reader(wakeup.fileno(), signalled)
+        between.add_reader(wakeup.fileno(), between.close)
+        between.add_reader(told.fileno(), not_written)
         print(f"vhost: tracing {args.listen} to {args.connect}", file=sys.stderr, flush=True)
         between.run()
 

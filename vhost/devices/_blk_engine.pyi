@@ -43,7 +43,7 @@ class Engine:
     def __init__(self, workers: int, name: str) -> None: ...
     @property
     def notice(self) -> int:
-        """An eventfd that is signalled when a queue, or memory below one, broke. Nobody reads it: watch
+        """An eventfd that is signalled when a queue, or memory below one, broke, or misses a mapping. Nobody reads it: watch
         it edge-triggered."""
 
     def attach(self, queue: DeviceQueue, disk: Disk, worker: int, writethrough: bool) -> None:
@@ -52,3 +52,10 @@ class Engine:
 
     def detach(self, queue: DeviceQueue) -> None:
         """Take it back, once what was popped is published."""
+
+    def hold(self, queue: DeviceQueue) -> None:
+        """Return when nothing uses the queue, nor what it translates with; and nothing will until
+        ``release``. Cheaper than ``detach`` and ``attach``."""
+
+    def release(self, queue: DeviceQueue, look: bool) -> None:
+        """``look``: there may be work that no kick tells of."""

@@ -121,6 +121,18 @@ cdef class Engine:
         if one is not None:
             self.take_back(one)
 
+    def hold(self, DeviceQueue queue not None):
+        cdef _Attached one = self.attached.get(queue)
+        if one is not None:
+            with nogil:
+                blk_engine_hold(&one.c)
+
+    def release(self, DeviceQueue queue not None, bint look):
+        cdef _Attached one = self.attached.get(queue)
+        if one is not None:
+            with nogil:
+                blk_engine_release(&one.c, look)
+
     cdef int take_back(self, _Attached one) except -1:
         with nogil:
             blk_engine_detach(&self.c, &one.c)

@@ -149,6 +149,21 @@ class Device(Requests):
         """The ring stops, or pauses to have its memory or eventfds changed. Return only when nothing
         uses the queue any more and what was popped has been pushed."""
 
+    def hold_queue(self, queue: DeviceQueue) -> bool:
+        """What an IOMMU maps changes, which with some guests is twice for each request. A device whose own
+        threads serve the queue may return True, if nothing uses the queue from then on until
+        ``release_queue``, and all that was popped was pushed. By default it is stopped, and started again."""
+        return False
+
+    def release_queue(self, queue: DeviceQueue, look: bool) -> None:
+        """Go on. ``look``: there may be work that no kick tells of."""
+
+    def suspend_queue(self, queue: DeviceQueue) -> None:
+        """The ring stops, and what is in flight is noted for a successor, which will pop it again. As
+        ``stop_queue``, but what was popped need not have been pushed: a device that can cancel its
+        requests does so here. They must not have effects any more afterwards."""
+        self.stop_queue(queue)
+
     def reset(self) -> None:
         """The driver reset the device; all rings are stopped."""
 

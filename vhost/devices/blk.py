@@ -206,6 +206,16 @@ class Blk(Device):
         if self.engine is not None:
             self.engine.detach(queue)
 
+    def hold_queue(self, queue: DeviceQueue) -> bool:
+        if self.engine is None:
+            return False
+        self.engine.hold(queue)
+        return True
+
+    def release_queue(self, queue: DeviceQueue, look: bool) -> None:
+        if self.engine is not None:
+            self.engine.release(queue, look)
+
     # -- whose it is -------------------------------------------------------------------------------
 
     def claim(self, session: Attached) -> None:

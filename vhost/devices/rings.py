@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """One ring of a device's session: what the driver's side said of it, and whether it runs.
 
-A ring is stopped or started, and apart from that disabled or enabled (vhost-user, "Ring states"). It can
-start as soon as its size, addresses and kick are known, which is before the first kick proper: work that
-lies in a ring which was restarted may never be kicked for. Knows no transport and no event loop; owns the
-ring's descriptors.
+A ring is stopped or started, and apart from that disabled or enabled (vhost-user, "Ring states"). If its kick
+comes last, as all front-ends that we know have it, it starts at once, which is before the first kick proper:
+work that lies in a ring which was restarted may never be kicked for. Until it has processed something, what
+was said of it can be said anew. Knows no transport and no event loop; owns the ring's descriptors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from vhost._iotlb import Iotlb
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 from vhost.virtqueue import DeviceQueue
 
@@ -65,6 +66,9 @@ class Ring:
         """There while the ring is started."""
         self.by_device = False
         """The device serves it in threads of its own."""
+        self.seen = False
+        """Kicked or enabled since it stopped last: disabled, it is to be processed without effects."""
+        self._began: int | None = None
 
     @property
     def started(self) -> bool:
@@ -75,7 +79,13 @@ class Ring:
         """Nobody kicks, and no thread of the device looks after it."""
         if self.queue is None or self.queue.broken:
             return False
-        return self.enabled and self.kick < 0 and not self.by_device
+        return self.kick < 0 and not self.by_device
+
+    @property
+    def untouched(self) -> bool:
+        """It is started, but where it was when it started. For a ring that is paused."""
+        queue = self.queue
+        return queue is not None and not queue.broken and not queue.in_flight and queue.base == self._began
 
     def must_be_stopped(self, what: str) -> None:
         if self.started:
@@ -98,9 +108,15 @@ class Ring:
     def can_start(self) -> bool:
         return self.queue is None and self.kick_known and self.num > 0 and self.areas is not None
 
-    def start(self, memory: GuestMemory, features: int, iotlb: Iotlb | None = None) -> DeviceQueue:
-        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: what was said of its
-        addresses are IOVAs."""
+    def start(
+        self,
+        memory: GuestMemory,
+        features: int,
+        iotlb: Iotlb | None = None,
+        inflight: InflightRegion | None = None,
+    ) -> DeviceQueue:
+        """Make the queue; InvalidQueue if what was said of the ring is no ring. ``iotlb``: its addresses are
+        IOVAs. ``inflight``: where it notes what it has in flight."""
         assert self.areas is not None
         packed = bool(features & int(VirtioF.RING_PACKED))
         base = self.position
@@ -122,10 +138,18 @@ class Ring:
             call=self.call,
             call_vq=self.call_vq,
             err=self.err,
+            inflight=inflight,
             index=self.index,
             name=f"{self.name}[{self.index}]",
         )
+        self._began = self.queue.base
         return self.queue
+
+    def unstart(self) -> None:
+        """As if it had not started yet; for one that is ``untouched``."""
+        if self.queue is not None:
+            self.queue.close()
+            self.queue = None
 
     def renew(self, memory: GuestMemory, features: int) -> DeviceQueue:
         """Go on with a new queue where the old one stands, also if that is broken."""
@@ -144,6 +168,7 @@ class Ring:
         """Let the queue go. Returns where a successor goes on; the kick has to be given again."""
         self._let_go_of_queue()
         self.by_device = False
+        self.seen = False
         self.set_fd("kick", -1)
         self.kick_known = False
         return self.position
@@ -164,6 +189,9 @@ class Ring:
         self.set_fd("err", -1)
 
     def reset(self) -> None:
-        """Back to the initial state."""
-        self.close()
+        """Back to the initial state, but for ``call`` and ``err``: QEMU gives those when it connects, and a
+        device that was reset may have to use them before they are given again."""
+        self.stop()
+        call, err, call_vq = self.call, self.err, self.call_vq
         self.__init__(self.index, self.name, user_addresses=self.user_addresses)  # type: ignore[misc]
+        self.call, self.err, self.call_vq = call, err, call_vq

@@ -34,6 +34,7 @@ from vhost.errors import (
     VhostError,
 )
 from vhost.features import VirtioF, feature_names
+from vhost.inflight import InflightRegion
 from vhost.memory import GuestMemory
 
 log = logging.getLogger("vhost.backend")
@@ -60,7 +61,7 @@ class DeviceSession(ABC):
         self.memory = self.no_memory
         self.iotlb: Iotlb | None = None
         """The driver's side speaks in IOVAs, and this is what it has mapped. Changed only while all rings are
-        ``paused``."""
+        ``held`` or ``paused``."""
         self.rings = [
             Ring(i, device.queue_name(i), user_addresses=user_addresses) for i in range(device.num_queues)
         ]
@@ -78,6 +79,8 @@ class DeviceSession(ABC):
         self._complaints = 0
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
+        # Polling a disabled ring of a device that leaves such rings alone would only cost.
+        self._drops = type(device).handle_disabled is not Device.handle_disabled
         self._epoll = select.epoll()
         try:
             self._wakeup = self._eventfd(0)
@@ -110,6 +113,10 @@ class DeviceSession(ABC):
     @abstractmethod
     def _tell_config_change(self) -> None:
         """Tell the driver's side that the configuration space changed."""
+
+    def _may_tell(self) -> bool:
+        """Can ``_tell_config_change`` be called now? If not, ``wake()`` when it can."""
+        return True
 
     @abstractmethod
     def _let_go(self) -> None:
@@ -160,11 +167,13 @@ class DeviceSession(ABC):
                     self._woken()
                 elif fd == self._busy:
                     for ring in self.rings:
-                        if ring.polled:
+                        if self._is_polled(ring):
                             self._serve(ring)
                 else:
                     self._happened(fd, events)
-        except Disconnected:
+        except Disconnected as gone:
+            # The protocol's session remembers it: without the frames, which would keep this one alive.
+            gone.__traceback__ = None
             self.close()
         except VhostError as error:
             self._fail(error)
@@ -187,7 +196,7 @@ class DeviceSession(ABC):
         log.log(level, "%s: %s", what, str(why))
 
     def _woken(self) -> None:
-        if self._config_changed:
+        if self._config_changed and self._may_tell():
             self._config_changed = False
             self._tell_config_change()
         for ring in self.rings:
@@ -197,17 +206,23 @@ class DeviceSession(ABC):
 
     def _kicked(self, ring: Ring) -> None:
         # Edge-triggered: an eventfd needs no reading, and so nobody can make us wait for one.
-        if ring.enabled:
+        ring.seen = True
+        if ring.started:
             self._serve(ring)
-        elif ring.queue is not None:
-            self.device.handle_disabled(ring.queue)
+        else:
+            self._unwatch_kick(ring)
+            self.start_if_ready(ring)
 
     def _serve(self, ring: Ring) -> None:
+        """Look at a ring that is not stopped; disabled, it is processed without effects."""
         if ring.queue is None:
             return
         if not ring.queue.broken:  # which it also is when its memory broke while it was made
             try:
-                self.device.handle(ring.queue)
+                if ring.enabled:
+                    self.device.handle(ring.queue)
+                else:
+                    self.device.handle_disabled(ring.queue)
             except QueueBroken as error:
                 self._ring_broken(ring, str(error))
         self._check_memory()
@@ -231,9 +246,13 @@ class DeviceSession(ABC):
             names = " ".join(feature_names(foreign))
             raise InvalidMessage(f"features {foreign:#x} ({names}) were not offered", request=what)
         if (features ^ self.features) & ~self.live_features:
-            for ring in self.rings:
-                ring.must_be_stopped(f"{what} with other features")
+            with self._told_anew(f"{what} with other features", *self.rings):
+                self.features = features
         self.features = features
+
+    def _status_resets(self) -> bool:
+        """Does status 0 reset what the device itself knows? Rings stop in any case."""
+        return True
 
     def change_status(self, status: int, what: str) -> None:
         """The driver set the device status; 0 stops the rings, and resets the device."""
@@ -247,7 +266,8 @@ class DeviceSession(ABC):
             self.stop_all_rings()
             for ring in self.rings:
                 ring.forget_position()
-            self.device.reset()
+            if self._status_resets():
+                self.device.reset()
 
     def reset(self, what: str) -> None:
         """As if nothing had ever been said of the rings."""
@@ -260,7 +280,10 @@ class DeviceSession(ABC):
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Drivers ask for the structure that they know, which may be longer than ours."""
-        return self.device.config[offset : offset + size].ljust(size, b"\0")
+        config = self.device.config
+        if offset >= len(config) and size:
+            raise InvalidMessage(f"offset {offset} in a configuration space of {len(config)} bytes")
+        return config[offset : offset + size].ljust(size, b"\0")
 
     def write_config(self, offset: int, data: bytes, what: str) -> None:
         self.must_be_ours(what)
@@ -293,34 +316,63 @@ class DeviceSession(ABC):
 
     # -- rings -------------------------------------------------------------------------------------
 
+    @property
+    def suspended(self) -> bool:
+        """All rings are stopped."""
+        return not any(ring.started for ring in self.rings)
+
     def ring_at(self, index: int | None, what: str) -> Ring:
         if index is None or not 0 <= index < len(self.rings):
             raise InvalidMessage(f"ring {index}, must be below {len(self.rings)}", request=what)
         return self.rings[index]
 
     def size_ring(self, ring: Ring, num: int, what: str) -> None:
-        ring.must_be_stopped(what)
         if not 0 < num <= self.device.max_queue_size:
             raise InvalidMessage(
                 f"ring {ring.index}: size {num}, must be 1 to {self.device.max_queue_size}", request=what
             )
-        ring.num = num
-        self.start_if_ready(ring)
+        with self._told_anew(what, ring):
+            ring.num = num
 
     def place_ring(self, ring: Ring, areas: Areas, what: str) -> None:
-        if ring.started and ring.areas is not None:
-            # QEMU repeats it to switch the dirty log; moving a live ring is another matter.
-            if areas != ring.areas:
-                ring.must_be_stopped(what)
-            return
-        ring.place(areas)
-        self.start_if_ready(ring)
+        # QEMU repeats it to switch the dirty log; moving a live ring is another matter.
+        if not ring.started or areas != ring.areas:
+            with self._told_anew(what, ring):
+                ring.place(areas)
+
+    def begin_ring(self, ring: Ring, base: int, what: str) -> None:
+        """Where it shall start."""
+        with self._told_anew(what, ring):
+            ring.base = base
+
+    @contextlib.contextmanager
+    def _told_anew(self, what: str, *rings: Ring) -> Iterator[None]:
+        """Inside the block none of the rings is started; InvalidState if one has been processed. Of a ring
+        whose kick is known we cannot tell what else will be said, so it waits for the first kick proper, as
+        the specification has it."""
+        begun = [ring for ring in rings if ring.started]
+        with self.paused(*begun):
+            for ring in begun:
+                if not ring.untouched:
+                    ring.must_be_stopped(what)
+            for ring in begun:
+                ring.unstart()
+        try:
+            yield
+        finally:
+            for ring in rings:
+                if ring.kick < 0:
+                    self.start_if_ready(ring)
+                elif ring.can_start():
+                    self._watch_kick(ring)
 
     def give_event(self, ring: Ring, kind: str, take: Callable[[], int | None]) -> None:
         """The ring's "kick", "call" or "err". ``take`` gives a descriptor that is the ring's from then on,
         None if there is none; it is called when nothing uses the one before."""
         with self.paused(ring):
             fd = take()
+            if kind == "kick":
+                self._unwatch_kick(ring)
             ring.set_fd(kind, -1 if fd is None else fd)
         if kind == "kick":
             ring.kick_known = True
@@ -345,7 +397,7 @@ class DeviceSession(ABC):
                 negotiated &= self.device.negotiated
             self.device.negotiated = negotiated
         try:
-            ring.start(self.memory, self._ring_features(), self.iotlb)
+            ring.start(self.memory, self._ring_features(), self.iotlb, self._inflight_of(ring))
             self._run(ring)
         except BaseException:
             if ring.started:
@@ -353,6 +405,8 @@ class DeviceSession(ABC):
             ring.stop()
             self._release_if_idle()
             raise
+        if self._config_changed:
+            self.wake()  # it may have had to wait for this
 
     def _device_features(self) -> int:
         """What was acknowledged, without the bits that are the transport's."""
@@ -362,10 +416,13 @@ class DeviceSession(ABC):
         """What rings are made with."""
         return self.features
 
+    def _inflight_of(self, ring: Ring) -> InflightRegion | None:
+        """Where the ring is to note what is in flight."""
+        return None
+
     def stop_ring(self, ring: Ring) -> int:
         """Where a successor goes on."""
-        if ring.started:
-            self._pause(ring)
+        self._halt(ring, self._stopping(ring))
         base = ring.stop()
         if base is None:  # it never ran; for a packed ring 0 would be another place than that (2.8.1)
             base = PACKED_START if self.features & _RING_PACKED else 0
@@ -374,13 +431,12 @@ class DeviceSession(ABC):
 
     def stop_all_rings(self) -> None:
         for ring in self.rings:
-            if ring.started:
-                self._pause(ring)
-                ring.stop()
+            self._halt(ring)
+            ring.stop()
         self._release_if_idle()
 
     def _release_if_idle(self) -> None:
-        if self._claimed and not any(ring.started for ring in self.rings):
+        if self._claimed and self.suspended:
             self._claimed = False
             self.device.release(self)
 
@@ -394,6 +450,21 @@ class DeviceSession(ABC):
                     self._pause(ring)
             yield
 
+    @contextlib.contextmanager
+    def held(self, *, look: bool) -> Iterator[None]:
+        """As ``paused`` for all rings, for a change of what they translate with and of nothing else. ``look``:
+        there may be work afterwards that no kick tells of."""
+        with contextlib.ExitStack() as resume:
+            for ring in self.rings:
+                if ring.queue is None:
+                    continue
+                if ring.by_device and self.device.hold_queue(ring.queue):
+                    resume.callback(self.device.release_queue, ring.queue, look)
+                else:
+                    resume.callback(self._resume, ring)
+                    self._pause(ring)
+            yield
+
     def _resume(self, ring: Ring) -> None:
         if ring.started:  # it may have been stopped in the meantime
             self._run(ring)
@@ -402,18 +473,29 @@ class DeviceSession(ABC):
         """The ring is started, or may go on after a pause: process it."""
         assert ring.queue is not None
         ring.by_device = ring.enabled and self.device.start_queue(ring.queue)
+        ring.seen |= ring.enabled
         if not ring.by_device:
             self._watch_kick(ring)
-            if ring.enabled:
+            if ring.seen:
                 self._serve(ring)
         self._update_polling()
 
-    def _pause(self, ring: Ring) -> None:
+    def _stopping(self, ring: Ring) -> Callable[[DeviceQueue], None]:
+        """How the device ends its use of a ring that stops for good."""
+        return self.device.stop_queue
+
+    def _halt(self, ring: Ring, stop: Callable[[DeviceQueue], None] | None = None) -> None:
+        if ring.started:
+            self._pause(ring, stop)
+        else:
+            self._unwatch_kick(ring)
+
+    def _pause(self, ring: Ring, stop: Callable[[DeviceQueue], None] | None = None) -> None:
         """Return when nothing uses the ring's queue any more."""
         assert ring.queue is not None
         self._unwatch_kick(ring)
         if ring.enabled:
-            self.device.stop_queue(ring.queue)
+            (stop or self.device.stop_queue)(ring.queue)
         ring.by_device = False
 
     def _watch_kick(self, ring: Ring) -> None:
@@ -425,8 +507,11 @@ class DeviceSession(ABC):
         if self._kicks.pop(ring.kick, None) is not None:
             self._epoll.unregister(ring.kick)
 
+    def _is_polled(self, ring: Ring) -> bool:
+        return (ring.enabled or (ring.seen and self._drops)) and ring.polled
+
     def _update_polling(self) -> None:
-        wanted = any(ring.polled for ring in self.rings)
+        wanted = any(self._is_polled(ring) for ring in self.rings)
         if wanted and not self._watches_busy:
             self._epoll.register(self._busy, select.EPOLLIN)
         elif self._watches_busy and not wanted:
@@ -442,8 +527,7 @@ class DeviceSession(ABC):
         self.closed = True
         self.device.detach(self)
         for ring in self.rings:
-            if ring.started:
-                self._call_device(functools.partial(self._pause, ring))
+            self._call_device(functools.partial(self._halt, ring))
             ring.close()
         self._call_device(self._release_if_idle)
         self.memory = self.no_memory

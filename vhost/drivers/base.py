@@ -17,7 +17,7 @@ from vhost.driver_queue import DriverQueue, Layout
 from vhost.errors import InactiveFeature, VhostError
 from vhost.features import Status, VirtioF, feature_names
 from vhost.memory import GuestMemory, Region
-from vhost.ops import VhostOps
+from vhost.ops import InflightBuffer, VhostOps
 
 GUEST_ADDR = 1 << 32
 """Where the shared region is said to be: high, so that an address cut to 32 bits shows."""
@@ -59,6 +59,8 @@ class Driver:
     """What these bits are called."""
     legacy: bool = False
     """Can the driver do without VERSION_1?"""
+    tracks: bool = False
+    """Have the back-end note what is in flight, if it can: ``restart`` then goes on with the same rings."""
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class Driver:
         """Guest address of the ``data_size`` bytes that are the subclass's."""
         self.region = Region.allocate(end - GUEST_ADDR + data_size, guest_addr=GUEST_ADDR)
         self.memory = GuestMemory([self.region])
+        self._inflight: InflightBuffer | None = None
         self.queues: list[DriverQueue] = []
         """In the order of the plan; ``index`` is the device's number."""
         self._events: list[int] = []
@@ -97,6 +100,7 @@ class Driver:
             self._start()
         except BaseException:
             self._close_events()
+            self._drop_inflight()
             raise
 
     # -- what a subclass may say -------------------------------------------------------------------
@@ -158,7 +162,8 @@ class Driver:
             name=f"{type(self).__name__.lower()}[{index}]",
         )
 
-    def _start(self) -> None:
+    def _start(self, *, resume: bool = False) -> None:
+        """``resume``: the rings are as the device before this one left them."""
         ops = self.ops
         status = Status.ACKNOWLEDGE | Status.DRIVER
         ops.set_status(0)
@@ -169,32 +174,57 @@ class Driver:
         if not ops.get_status() & Status.FEATURES_OK:
             raise InactiveFeature(f"the device refused the features {self.negotiated:#x}")
         ops.set_mem_table(self.memory)
+        self._track()
         for queue in self.queues:
             index, place = queue.index, self._places[queue.index]
             start, layout = place.addr, place.layout
             ops.set_vring_num(index, queue.num)
-            ops.set_vring_base(index, queue.base)
+            ops.set_vring_base(index, queue.resume_base if resume else queue.base)
             ops.set_vring_addr(index, start + layout.desc, start + layout.avail, start + layout.used)
             ops.set_vring_call(index, queue.call_fd)
             ops.set_vring_kick(index, queue.kick_fd)
-        self._fill()
+        if not resume:
+            self._fill()
         for queue in self.queues:
             ops.set_vring_enable(queue.index, True)
         ops.set_status(int(status | Status.DRIVER_OK))
         # Not before DRIVER_OK (3.1.1). A ring without buffers of _fill() asks for none.
         for queue in self.queues:
-            queue.kick()
+            if resume:
+                os.eventfd_write(queue.kick_fd, 1)  # whether the dead one wanted to be kicked means nothing
+            else:
+                queue.kick()
 
-    def restart(self, ops: VhostOps) -> None:
-        """Go on with another session, after the back-end died: the rings are made anew. The device has
-        to offer what was negotiated. What was in flight is the subclass's to submit again."""
+    def _track(self) -> None:
+        """Give the back-end the notes of the one before it, or have it begin some."""
+        if self._inflight is None and self.tracks:
+            size = max(place.size for place in self._places.values())
+            self._inflight = self.ops.get_inflight_fd(max(self._places) + 1, size)
+        if self._inflight is not None:
+            self.ops.set_inflight_fd(self._inflight)
+
+    def _drop_inflight(self) -> None:
+        if self._inflight is not None:
+            self._inflight.close()
+            self._inflight = None
+
+    def restart(self, ops: VhostOps) -> bool:
+        """Go on with another session, after the back-end died. The device has to offer what was negotiated.
+
+        True: the rings are the same, and the new back-end goes on with what was in flight. False: one of the
+        two does not track that, the rings were made anew, and what was in flight is the subclass's to
+        submit again."""
         missing = self.negotiated & ~ops.get_features()
         if missing:
             names = " ".join(feature_names(missing, self.names, VirtioF))
             raise InactiveFeature(f"the back-end that came back no longer offers {names}")
         self.ops = ops
-        self.queues = [self._queue_on(queue.index, queue.kick_fd, queue.call_fd) for queue in self.queues]
-        self._start()
+        resume = self._inflight is not None and ops.tracks_inflight
+        if not resume:
+            self._drop_inflight()
+            self.queues = [self._queue_on(queue.index, queue.kick_fd, queue.call_fd) for queue in self.queues]
+        self._start(resume=resume)
+        return resume
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -209,6 +239,7 @@ class Driver:
             self.ops.set_status(0)
         finally:
             self._close_events()
+            self._drop_inflight()
 
     def _close_events(self) -> None:
         events, self._events = self._events, []

@@ -94,6 +94,7 @@ class Blk(Driver):
         | BlkF.WRITE_ZEROES
     )
     names = BlkF
+    tracks = True
 
     def __init__(
         self,
@@ -313,17 +314,25 @@ class Blk(Driver):
             free.append(slot)
         return done
 
-    def restart(self, ops: VhostOps) -> None:
-        """Go on with another session after the back-end died: everything that was in flight is
-        submitted again, in its order. What the dead one did of it may be done twice."""
-        super().restart(ops)
+    def restart(self, ops: VhostOps) -> bool:
+        """Go on with another session after the back-end died. If both sessions can track what is in flight,
+        the new back-end goes on with it. If not, all that was not answered is submitted again, in its order,
+        and what the dead one did of it may be done twice."""
+        resumed = super().restart(ops)
+        if resumed:
+            self._unkicked = [0] * self.num_queues
+        else:
+            self._submit_again()
+        self.read_config()
+        return resumed
+
+    def _submit_again(self) -> None:
         for queue, flying in zip(self.queues, self._flying, strict=True):
             for slot in flying:
                 slot.view[_STATUS] = 0xFF
                 queue.add(slot.readable, slot.writable, slot)
             if flying:
                 self._kick(queue.index)
-        self.read_config()
 
 
 _BY_RANGE = (BlkType.DISCARD, BlkType.WRITE_ZEROES, BlkType.FLUSH, BlkType.GET_ID)

@@ -186,15 +186,16 @@ class Net(Driver):
         self._poll.close()
         super()._close_events()
 
-    def _start(self) -> None:
-        super()._start()
+    def _start(self, *, resume: bool = False) -> None:
+        super()._start(resume=resume)
         if self.control is not None and self.queue_pairs > 1:
             self.control.set_pairs(self.queue_pairs)
 
-    def restart(self, ops: VhostOps) -> None:
+    def restart(self, ops: VhostOps) -> bool:
         """Go on with another session after the back-end died. Frames that it had not sent are lost."""
-        super().restart(ops)
+        resumed = super().restart(ops)
         self.read_config()
+        return resumed
 
     def attach(self, backend: object) -> None:
         """Run on another backend from now on; it has to be able to do what was negotiated. Frames wait in

@@ -182,14 +182,15 @@ class Vsock(VsockRings):
             self._owing.clear()
             super().close()
 
-    def restart(self, ops: VhostOps) -> None:
+    def restart(self, ops: VhostOps) -> bool:
         """Go on with another session after the back-end died: connections are reset, listeners stay."""
         with self._lock:
-            super().restart(ops)
+            resumed = super().restart(ops)
             self._gone = False
             self._reset_all("the back-end was replaced")
             self._populate()
             self._wake()
+            return resumed
 
     # ------------------------------------------------------------------ for streams and listeners
 

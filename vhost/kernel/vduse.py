@@ -245,6 +245,7 @@ class VduseBackend(DeviceSession):
             self._waits_for_driver = False
             self.change_status(0, "VDUSE_SET_STATUS")
             for ring in self.rings:
+                ring.close()
                 ring.reset()
             self.features = 0
             self._forget_memory()

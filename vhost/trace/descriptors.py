@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
-from vhost.trace.records import FdInfo
+from vhost.trace.records import FdInfo, printable
 
 _ANONYMOUS = {"[eventfd]": "eventfd", "[userfaultfd]": "userfaultfd", "[timerfd]": "timerfd"}
 _PREFIXES = (("/memfd:", "memfd"), ("/dmabuf:", "dmabuf"))
@@ -44,5 +44,5 @@ def describe(fd: int) -> FdInfo:
 
 def _name(text: str) -> str:
     """A name that its owner chose, fit to be printed."""
-    shown = "".join(char if char.isprintable() else "?" for char in text)
+    shown = printable(text)
     return shown if len(shown) <= _NAME_LIMIT else shown[:_NAME_LIMIT] + "..."

@@ -15,12 +15,13 @@ from typing import Any
 
 from vhost.features import feature_names
 from vhost.trace.lint_base import Seen
-from vhost.trace.records import ChannelKind, FdInfo
+from vhost.trace.records import FdInfo
 from vhost.trace.rules import Finding, Severity
 from vhost.user.payloads import U64, Empty, Opaque, Payload
-from vhost.user.spec import Role
+from vhost.user.spec import Channel, Role
 
 _ARROWS = {Role.FRONTEND: "front>back", Role.BACKEND: "back>front", None: ""}
+_LABELS = {Channel.MAIN: "", Channel.BACKEND_REQ: " req", Channel.GPU: " gpu"}
 _INDENT = " " * 16
 _HEX_BYTES = 64
 FDS_SHOWN = 8
@@ -32,7 +33,7 @@ class Event:
 
     time: int
     session: int
-    channel: ChannelKind
+    channel: Channel
     sender: Role | None
     what: str
     """"message", "opened", "closed", "ended", "remark"."""
@@ -64,8 +65,7 @@ class Event:
     def lines(self) -> Iterable[str]:
         """For people: one line, and one more for each finding."""
         arrow = _ARROWS[self.sender]
-        channel = "" if self.channel is ChannelKind.MAIN else f" {self.channel.value}"
-        where = f"#{self.session} {arrow}{channel}"
+        where = f"#{self.session} {arrow}{_LABELS[self.channel]}"
         yield f"{self.time / 1e9:12.6f} {where:<17} {self.text}"
         for finding in self.findings:
             mark = "!!" if finding.rule.severity is Severity.VIOLATION else " !"
@@ -83,7 +83,7 @@ def message_text(seen: Seen, latency: int | None, flags: str) -> str:
     if isinstance(seen.payload, Opaque):
         parts.append(f"<{len(seen.payload.data)} bytes: {_hex(seen.payload.data)}>")
     elif not isinstance(seen.payload, Empty) and not (seen.is_ack and not seen.failed):
-        parts.append(seen.spec.show(seen.payload) if not seen.is_ack else str(seen.payload))
+        parts.append(seen.spec.show(seen.payload, seen.names) if not seen.is_ack else str(seen.payload))
     if seen.fd_count:
         parts.append(f"fds=[{', '.join(map(str, seen.fds[:FDS_SHOWN]))}{_more(seen)}]")
     if seen.need_reply:
@@ -105,7 +105,7 @@ def message_detail(seen: Seen, latency: int | None, header: tuple[int, int, int]
         "size": size,
         "reply": seen.is_reply,
         "need_reply": seen.need_reply,
-        "payload": plain(seen.payload, seen.spec.names),
+        "payload": plain(seen.payload, seen.names),
         "fds": [fd_dict(fd) for fd in seen.fds],
         "fd_count": seen.fd_count,
         "latency": None if latency is None else latency / 1e9,

@@ -12,11 +12,11 @@ from vhost.trace.lint_device import DeviceRules
 from vhost.trace.lint_features import FeatureRules
 from vhost.trace.lint_memory import MemoryRules
 from vhost.trace.lint_rings import RingRules
-from vhost.user.spec import Role
+from vhost.user.spec import Channel, Role
 
 
 class Linter(FeatureRules, MemoryRules, RingRules, DeviceRules):
-    """One for a session: both channels."""
+    """One for a session: all its channels."""
 
     def request(self, seen: Seen) -> None:
         """A request that was decoded."""
@@ -25,7 +25,7 @@ class Linter(FeatureRules, MemoryRules, RingRules, DeviceRules):
         self.ring_index(seen)
         if spec.sender is Role.FRONTEND:
             self.owner(spec)
-        else:
+        elif seen.channel is Channel.BACKEND_REQ:
             self.back_request(seen)
         self._descriptors(seen)
         self._call(seen, "")

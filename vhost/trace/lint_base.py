@@ -9,13 +9,14 @@ once the message was decoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import Any
 
 from vhost.trace.records import FdInfo
 from vhost.trace.rules import Finding, Rule
 from vhost.trace.state import SessionSeen
 from vhost.user.payloads import EMPTY
-from vhost.user.spec import Spec
+from vhost.user.spec import Channel, Spec
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Seen:
 
     spec: Spec
     time: int
+    channel: Channel = Channel.MAIN
     payload: Any = EMPTY
     fds: tuple[FdInfo, ...] = ()
     fd_count: int = 0
@@ -33,6 +35,8 @@ class Seen:
     request: Seen | None = None
     is_reply: bool = False
     is_ack: bool = False
+    names: tuple[type[IntFlag], ...] = ()
+    """Flags by which a u64 is shown: the row's, and those of the device that it seems to be."""
     optional: bool = False
     """Whether it is answered is up to the peer."""
 

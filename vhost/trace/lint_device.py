@@ -35,6 +35,9 @@ class DeviceRules(LintBase):
                     rules.FD_KIND, f"{seen.spec.name} with a {fd}, must be a socket", seen.spec.section
                 )
 
+    def back_gpu_set_protocol_features(self, seen: Seen) -> None:
+        self.state.gpu = seen.payload.value
+
     # -- state -------------------------------------------------------------------------------------
 
     def front_set_device_state_fd(self, seen: Seen) -> None:

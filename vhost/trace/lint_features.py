@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vhost.features import ProtocolF, VhostF, VirtioF, feature_names
+from vhost.features import GpuF, ProtocolF, VhostF, VirtioF, feature_names
 from vhost.trace import rules
 from vhost.trace.lint_base import LintBase, Seen
 from vhost.user.spec import Gate, Spec
@@ -20,6 +20,10 @@ class FeatureRules(LintBase):
         """Whether the row's feature allows the message now."""
         state = self.state
         if spec.feature is None:
+            return
+        if isinstance(spec.feature, GpuF):
+            if not state.gpu & spec.feature_bit:
+                self.report(rules.FEATURE, f"{spec.feature_name} was not negotiated", spec.section)
             return
         if spec.feature_bit == _PROTOCOL_FEATURES and isinstance(spec.feature, VhostF):
             self._gate_protocol(spec)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vhost.features import NetF, ProtocolF, VirtioF, VringF
+from vhost.features import DeviceId, ProtocolF, VirtioF, VringF, guess_device
 from vhost.trace import rules
 from vhost.trace.lint_base import LintBase, Seen
 from vhost.trace.state import RingSeen
@@ -12,8 +12,6 @@ from vhost.user.payloads import VringAddr
 SPLIT_MAX = PACKED_MAX = 32768
 _LOG = int(VringF.LOG)
 _EVENT_KINDS = frozenset({"eventfd", "pipe"})
-# Devices whose rings come in pairs, by the features that only they have.
-_PAIRS = int(NetF.MRG_RXBUF | NetF.CTRL_VQ)
 
 
 class RingRules(LintBase):
@@ -25,7 +23,7 @@ class RingRules(LintBase):
             return
         text = f"ring {index}, GET_QUEUE_NUM said {count}"
         # Back-ends of network devices have always told pairs; a control queue comes after them.
-        if (self.state.offered or 0) & _PAIRS and index <= 2 * count:
+        if guess_device(self.state.offered or 0) is DeviceId.NET and index <= 2 * count:
             self.report(rules.RING_PAIRS, text)
         else:
             self.report(rules.RING_INDEX, text)

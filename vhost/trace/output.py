@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Writes lines to a file in a thread of its own, so that a terminal or pipe that nobody reads holds up no
-traffic. What does not fit is dropped, and said so where it is missing."""
+"""Writes lines to a descriptor in a thread of its own, so that a terminal or pipe that nobody reads holds up
+no traffic, and no end. What does not fit is dropped, and said so where it is missing."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
-from typing import IO
 
 MAX_WAITING = 16 << 20
 """Characters that may wait."""
@@ -14,17 +14,17 @@ MAX_WAITING = 16 << 20
 
 class Output:
     """``lost`` makes the line that says how many are missing. ``on_error`` is called, in the thread, when
-    the file takes no more; lines after that are dropped."""
+    the descriptor, which stays the caller's, takes no more; lines after that are dropped."""
 
     def __init__(
         self,
-        file: IO[str],
+        fd: int,
         lost: Callable[[int], str],
         on_error: Callable[[OSError], None],
         *,
         max_waiting: int = MAX_WAITING,
     ) -> None:
-        self._file = file
+        self._fd = fd
         self._lost = lost
         self._on_error = on_error
         self._max_waiting = max_waiting
@@ -57,7 +57,7 @@ class Output:
         self._waiting += len(line)
 
     def close(self, timeout: float | None = 5.0) -> None:
-        """Write what waits, if the file takes it within so many seconds."""
+        """Write what waits, if it is taken within so many seconds."""
         with self._news:
             if self._dropped:
                 self._add(self._lost(self._dropped))
@@ -74,9 +74,7 @@ class Output:
                 self._waiting = 0
                 closed = self._closed
             try:
-                if lines:
-                    self._file.write("\n".join(lines) + "\n")
-                self._file.flush()
+                self._write(lines)
             except OSError as error:
                 with self._news:
                     self._failed = True
@@ -85,3 +83,8 @@ class Output:
                 return
             if closed and not self._lines:
                 return
+
+    def _write(self, lines: list[str]) -> None:
+        view = memoryview("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        while view:
+            view = view[os.write(self._fd, view) :]

@@ -9,6 +9,7 @@ beyond these two.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -17,24 +18,25 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from vhost.trace.records import ChannelKind, FdInfo, Happening, Record
+from vhost.trace.records import FdInfo, Happening, Record
 from vhost.trace.relay import Observer, Relay, is_stream_socket
 from vhost.user.listener import Listener
 from vhost.user.messages import FrontendMsg
-from vhost.user.spec import Role
+from vhost.user.spec import Channel, Role
 
 MAX_CHANNELS = 16
 """Of one session; sockets beyond are passed on as they are."""
 PAUSE = 0.05
 """Seconds until what could not be done for want of room is tried again."""
 
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _KINDS = {
-    int(FrontendMsg.SET_BACKEND_REQ_FD): ChannelKind.BACKEND_REQ,
-    int(FrontendMsg.GPU_SET_SOCKET): ChannelKind.GPU,
+    int(FrontendMsg.SET_BACKEND_REQ_FD): Channel.BACKEND_REQ,
+    int(FrontendMsg.GPU_SET_SOCKET): Channel.GPU,
 }
 
 
-class _Channel(Observer):
+class _Recorder(Observer):
     """Makes records of what a relay passes."""
 
     def __init__(self, session: _Session, number: int) -> None:
@@ -77,14 +79,14 @@ class _Session:
     def __init__(self, proxy: Proxy, number: int) -> None:
         self.proxy = proxy
         self.number = number
-        self.relays: dict[Relay, _Channel] = {}
+        self.relays: dict[Relay, _Recorder] = {}
         self._channels = 0
 
-    def open(self, kind: ChannelKind, front: socket.socket, back: socket.socket) -> Relay:
-        channel = _Channel(self, self._channels)
+    def open(self, kind: Channel, front: socket.socket, back: socket.socket) -> Relay:
+        channel = _Recorder(self, self._channels)
         self._channels += 1
         channel.record(Happening.OPEN, text=kind.value)
-        relay = Relay(front, back, channel, self._intercept if kind is ChannelKind.MAIN else None)
+        relay = Relay(front, back, channel, self._intercept if kind is Channel.MAIN else None)
         self.relays[relay] = channel
         self.proxy.watch(self, relay)
         return relay
@@ -137,7 +139,7 @@ class Proxy:
         self._watched: dict[int, tuple[_Session, Relay, socket.socket]] = {}
         self._masks: dict[int, int] = {}
         self._waiting: dict[int, tuple[_Session, socket.socket]] = {}
-        """Who came while the other side's backlog was full, by descriptor."""
+        """Who came while the other side's backlog was full, or no descriptor left, by descriptor."""
         self._starved = False
         self._stuck: dict[Relay, _Session] = {}
         """Those with descriptors that the kernel has no room for."""
@@ -244,7 +246,7 @@ class Proxy:
         except OSError as error:
             if other is not None:
                 other.close()
-            if isinstance(error, BlockingIOError):
+            if isinstance(error, BlockingIOError) or error.errno in _NO_ROOM:
                 self._wait_for_room(session, came)
                 return
             text = f"{self.connect_path}: {error.strerror}"
@@ -253,7 +255,7 @@ class Proxy:
             came.close()
             return
         front, back = (other, came) if self.reverse else (came, other)
-        session.open(ChannelKind.MAIN, front, back)
+        session.open(Channel.MAIN, front, back)
 
     def _wait_for_room(self, session: _Session, came: socket.socket) -> None:
         fd = came.fileno()

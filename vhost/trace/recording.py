@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from vhost.errors import VhostError
-from vhost.trace.records import KEPT, FdInfo, Happening, Record
+from vhost.trace.records import KEPT, FdInfo, Happening, Record, printable
 from vhost.user.spec import Role
 
 FORMAT = "vhost-trace"
@@ -105,6 +105,8 @@ def _check_header(line: str) -> None:
 
 
 def _record(line: Any) -> Record:
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
     sender = line.get("from")
     record = Record(
         time=_count(line["t"]),
@@ -115,7 +117,7 @@ def _record(line: Any) -> Record:
         data=bytes.fromhex(line.get("data", "")),
         skipped=_count(line.get("skipped", 0)),
         fds=tuple(_fds(line.get("fds", ()))),
-        text=str(line.get("text", "")),
+        text=printable(str(line.get("text", ""))),
         delivered=bool(line.get("delivered", True)),
     )
     if record.happening in (Happening.DATA, Happening.EOF) and record.sender is None:
@@ -126,7 +128,8 @@ def _record(line: Any) -> Record:
 def _fds(items: Iterable[Any]) -> Iterator[FdInfo]:
     for item in items:
         size = item["size"]
-        yield FdInfo(str(item["kind"]), str(item["name"]), None if size is None else _count(size))
+        kind, name = (printable(str(item[key])) for key in ("kind", "name"))
+        yield FdInfo(kind, name, None if size is None else _count(size))
 
 
 def _count(value: Any) -> int:

@@ -31,6 +31,11 @@ class FdInfo:
         return " ".join(part for part in parts if part)
 
 
+def printable(text: str) -> str:
+    """Text of a stranger's, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def _size(value: int) -> str:
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if value and not value & ((1 << shift) - 1):
@@ -42,7 +47,7 @@ class Happening(Enum):
     """What a record tells of."""
 
     OPEN = "open"
-    """A channel is there; ``text`` says which kind, see ``ChannelKind``."""
+    """A channel is there; ``text`` says which, by the value of ``Channel``."""
     DATA = "data"
     """``sender`` wrote bytes, never more than to the end of a message, and the descriptors with them."""
     EOF = "eof"
@@ -51,16 +56,6 @@ class Happening(Enum):
     """The channel is gone in both directions."""
     REMARK = "remark"
     """Something that the one in between has to say, in ``text``."""
-
-
-class ChannelKind(Enum):
-    """What a channel of a session is for."""
-
-    MAIN = "main"
-    BACKEND_REQ = "req"
-    """The one for requests of the back-end (SET_BACKEND_REQ_FD)."""
-    GPU = "gpu"
-    """The one of the vhost-user-gpu protocol (GPU_SET_SOCKET)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import os
 import select
 import socket
 from collections import deque
@@ -153,7 +152,7 @@ class Pipe:
             if header is not None:
                 self._header = header
             whole = self._boundary.between
-            if whole or len(self._data) >= PIECE or len(self._fds) > SCM_MAX_FD:
+            if whole or len(self._data) >= PIECE:
                 self._emit()
                 if whole:
                     self._in_message = 0
@@ -324,8 +323,9 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 def is_stream_socket(fd: int) -> bool:
     """Whether it can be spoken to as to a vhost-user peer."""
     try:
-        sock = socket.socket(fileno=os.dup(fd))
+        sock = socket.socket(fileno=fd)
     except OSError:
         return False
-    with sock:
-        return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+    stream = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+    sock.detach()  # it is only looked at
+    return stream

@@ -52,6 +52,8 @@ class SessionSeen:
     """Postcopy: tables whose addresses the back-end told, and that the front-end has to confirm."""
     transferring: bool = False
     shmem: tuple[int, ...] | None = None
+    gpu: int = 0
+    """Features of the GPU protocol."""
     maps: list[MMap] = field(default_factory=list)
 
     def has(self, feature: VirtioF | VhostF) -> bool:

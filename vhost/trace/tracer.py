@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from enum import IntFlag
 
 from vhost.errors import InvalidMessage
-from vhost.features import ProtocolF
+from vhost.features import DEVICE_FEATURES, ProtocolF, VirtioF, guess_device
 from vhost.trace import rules
 from vhost.trace.events import Event, message_detail, message_text
 from vhost.trace.frames import Assembler, Frame
 from vhost.trace.lint import Linter, Seen
-from vhost.trace.records import ChannelKind, Happening, Record
+from vhost.trace.records import Happening, Record
 from vhost.user.messages import FRONTEND, FrontendMsg, table, unknown
 from vhost.user.payloads import U64, Opaque, Payload
 from vhost.user.spec import (
@@ -27,13 +28,11 @@ from vhost.user.spec import (
     VERSION,
     VERSION_MASK,
     Channel,
-    Policy,
     Role,
     Spec,
 )
 
 MAX_OUTSTANDING = 4096
-_KNOWN_FLAGS = VERSION_MASK | REPLY_FLAG | NEED_REPLY_FLAG
 _CONFIRMED = frozenset({FrontendMsg.SET_MEM_TABLE, FrontendMsg.ADD_MEM_REG})
 _OTHER = {Role.FRONTEND: Role.BACKEND, Role.BACKEND: Role.FRONTEND}
 
@@ -49,11 +48,16 @@ class Tracer:
         """What is new, now that this happened."""
         key = (record.session, record.channel)
         channel = self._channels.get(key)
-        if record.happening is Happening.OPEN or channel is None:
-            kind = _kind(record.text) if record.happening is Happening.OPEN else ChannelKind.MAIN
+        if record.happening is Happening.OPEN or (channel is None and record.happening is Happening.DATA):
+            kind = _kind(record.text) if record.happening is Happening.OPEN else Channel.MAIN
             linter = self._linters.setdefault(record.session, Linter())
             channel = self._channels[key] = _Channel(record.session, kind, linter)
-        if record.happening is Happening.OPEN:
+        if channel is None:
+            # Of what never began, such as a session for which there was no back-end, nothing is kept.
+            if record.happening is Happening.REMARK:
+                sender, text = record.sender, record.text
+                yield Event(record.time, record.session, Channel.MAIN, sender, "remark", text)
+        elif record.happening is Happening.OPEN:
             yield channel.event(record, "opened", f"{_NAMES[channel.kind]} opened")
         elif record.happening is Happening.DATA:
             yield from channel.data(record)
@@ -69,25 +73,29 @@ class Tracer:
 
 
 _NAMES = {
-    ChannelKind.MAIN: "session",
-    ChannelKind.BACKEND_REQ: "channel for the back-end's requests",
-    ChannelKind.GPU: "GPU channel",
+    Channel.MAIN: "session",
+    Channel.BACKEND_REQ: "channel for the back-end's requests",
+    Channel.GPU: "GPU channel",
 }
 
 
-def _kind(text: str) -> ChannelKind:
-    return next((kind for kind in ChannelKind if kind.value == text), ChannelKind.MAIN)
+def _kind(text: str) -> Channel:
+    return next((kind for kind in Channel if kind.value == text), Channel.MAIN)
 
 
 class _Channel:
     """One channel of a session."""
 
-    def __init__(self, session: int, kind: ChannelKind, linter: Linter) -> None:
+    def __init__(self, session: int, kind: Channel, linter: Linter) -> None:
         self.session = session
         self.kind = kind
         self._linter = linter
-        self._requester = Role.FRONTEND if kind is ChannelKind.MAIN else Role.BACKEND
-        self._table = table(Channel.BACKEND_REQ if kind is ChannelKind.BACKEND_REQ else Channel.MAIN)
+        self._report = linter.report
+        self._requester = Role.FRONTEND if kind is Channel.MAIN else Role.BACKEND
+        self._table = table(kind)
+        # The GPU protocol knows neither versions nor acks.
+        self._version = 0 if kind is Channel.GPU else VERSION
+        self._flags = REPLY_FLAG if kind is Channel.GPU else VERSION_MASK | REPLY_FLAG | NEED_REPLY_FLAG
         self._assemblers = {Role.FRONTEND: Assembler(), Role.BACKEND: Assembler()}
         self._outstanding: deque[Seen] = deque()
 
@@ -121,18 +129,13 @@ class _Channel:
         waiting = [seen.spec.name for seen in self._outstanding if not seen.optional]
         self._outstanding.clear()
         if waiting:
-            more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
-            self._report(rules.UNANSWERED, f"no reply to {', '.join(waiting[:3])}{more}")
-
-    def _report(self, rule: rules.Rule, text: str, section: str | None = None) -> None:
-        # The linter knows vhost-user alone; the GPU's protocol is only taken apart into messages.
-        self._linter.report(rule, text, section)
+            self._report(rules.UNANSWERED, f"no reply to {_listed(waiting)}")
 
     # -- messages ----------------------------------------------------------------------------------
 
     def _name(self, frame: Frame) -> str:
         assert frame.header is not None
-        row = self._table.get(frame.header[0]) if self.kind is not ChannelKind.GPU else None
+        row = self._table.get(frame.header[0])
         return row.name if row is not None else f"message {frame.header[0]}"
 
     def _frame(self, record: Record, frame: Frame) -> Event:
@@ -141,36 +144,34 @@ class _Channel:
         number, flags, size = frame.header
         is_reply = record.sender is not self._requester
         if frame.announced:
-            return self.event(record, "message", f"{self._name(frame)}: end of its {size} bytes of payload")
+            return self.event(record, "remark", f"{self._name(frame)}: end of its {size} bytes of payload")
         if not frame.delivered:
             self._report(rules.UNDELIVERED, "not passed on: the other side is gone")
-        if self.kind is ChannelKind.GPU:
-            return self._shown(record, frame, self._opaque(frame, bool(flags & REPLY_FLAG)), None)
         self._header(flags, is_reply)
         request = self._match(number) if is_reply else None
         spec = request.spec if request is not None else self._table.get(number)
         if spec is None:
             spec = unknown(number, self._requester)
             self._report(rules.UNKNOWN, f"{spec.name} is not in the table")
-        seen = Seen(spec, frame.time, fds=tuple(frame.fds), fd_count=frame.fd_count, request=request)
+        seen = Seen(spec, frame.time, self.kind, fds=tuple(frame.fds), request=request)
+        seen.fd_count = frame.fd_count
         seen.is_reply = is_reply
         seen.is_ack = request is not None and not request.own_reply
-        seen.need_reply = bool(flags & NEED_REPLY_FLAG)
+        seen.need_reply = bool(flags & self._flags & NEED_REPLY_FLAG)
         if is_reply:
             self._reply(seen, frame)
         else:
             self._request(seen, frame)
+        seen.names = self._names(spec)
         return self._shown(record, frame, seen, None if request is None else frame.time - request.time)
 
-    def _opaque(self, frame: Frame, is_reply: bool) -> Seen:
-        assert frame.header is not None
-        seen = Seen(unknown(frame.header[0], self._requester), frame.time, Opaque(bytes(frame.data)))
-        seen.fds, seen.fd_count, seen.is_reply = tuple(frame.fds), frame.fd_count, is_reply
-        return seen
+    def _names(self, spec: Spec) -> tuple[type[IntFlag], ...]:
+        device = guess_device(self._linter.state.offered or 0) if VirtioF in spec.names else None
+        return spec.names if device is None else (*spec.names, DEVICE_FEATURES[device])
 
     def _shown(self, record: Record, frame: Frame, seen: Seen, latency: int | None) -> Event:
         assert frame.header is not None
-        flags = f"flags={frame.header[1]:#x}" if frame.header[1] & ~_KNOWN_FLAGS else ""
+        flags = f"flags={frame.header[1]:#x}" if frame.header[1] & ~self._flags else ""
         if frame.too_long:
             text = f"{seen.spec.name}: {frame.size} bytes of payload announced, passed on as they come"
         else:
@@ -179,9 +180,9 @@ class _Channel:
         return self.event(record, "message", text, **detail, delivered=frame.delivered)
 
     def _header(self, flags: int, is_reply: bool) -> None:
-        if flags & VERSION_MASK != VERSION:
+        if flags & VERSION_MASK != self._version:
             self._report(rules.VERSION, f"version {flags & VERSION_MASK} in flags {flags:#x}")
-        if flags & ~_KNOWN_FLAGS:
+        if flags & ~(self._flags | VERSION_MASK):
             self._report(rules.FLAGS, f"flags {flags:#x}")
         if bool(flags & REPLY_FLAG) != is_reply:
             text = f"the {_OTHER[self._requester].value} sends only replies on this channel"
@@ -190,13 +191,15 @@ class _Channel:
     def _payload(self, seen: Seen, frame: Frame) -> bool:
         """Decode it; False if it is not what it should be."""
         data = bytes(frame.data)
+        xen = self._linter.state.has_protocol(ProtocolF.XEN_MMAP)
         try:
             if frame.too_long:
-                raise InvalidMessage(f"payload size {frame.size}")
+                if frame.size > seen.spec.max_size(seen.is_reply, xen=xen):
+                    raise InvalidMessage(f"payload size {frame.size}")
+                return False  # pixels
             if seen.is_ack:
                 seen.payload = U64.unpack(data)
             else:
-                xen = self._linter.state.has_protocol(ProtocolF.XEN_MMAP)
                 seen.payload = seen.spec.decode(data, reply=seen.is_reply, xen=xen)
         except InvalidMessage as error:
             seen.payload = Opaque(data)
@@ -206,6 +209,7 @@ class _Channel:
 
     def _request(self, seen: Seen, frame: Frame) -> None:
         spec, state = seen.spec, self._linter.state
+        acks = state.has_protocol(ProtocolF.REPLY_ACK)
         if self._confirms(seen, frame):
             return
         if self._table.get(spec.id) is not spec:
@@ -215,7 +219,7 @@ class _Channel:
         else:
             self._linter.gate(spec)
         seen.own_reply = spec.replies(state.protocol or 0, state.postcopy)
-        self._expect(seen)
+        self._expect(seen, acks or state.has_protocol(ProtocolF.REPLY_ACK))
 
     def _confirms(self, seen: Seen, frame: Frame) -> bool:
         """Postcopy: the front-end's word that it knows the addresses that the back-end told, which has the
@@ -229,8 +233,8 @@ class _Channel:
         seen.payload = U64.unpack(bytes(frame.data)) if frame.size else seen.payload
         return True
 
-    def _expect(self, seen: Seen) -> None:
-        if seen.need_reply:
+    def _expect(self, seen: Seen, acks: bool) -> None:
+        if seen.need_reply and not acks:
             self._need_reply(seen)
         if not seen.own_reply and not seen.need_reply:
             return
@@ -242,11 +246,10 @@ class _Channel:
         self._outstanding.append(seen)
 
     def _need_reply(self, seen: Seen) -> None:
-        state, spec = self._linter.state, seen.spec
-        if state.has_protocol(ProtocolF.REPLY_ACK):
-            return
-        if seen.own_reply or spec.policy is Policy.ALWAYS:
-            self._report(rules.NEED_REPLY_HABIT, f"need_reply on {spec.name} before REPLY_ACK is negotiated")
+        if seen.own_reply:
+            self._report(
+                rules.NEED_REPLY_HABIT, f"need_reply on {seen.spec.name} before REPLY_ACK is negotiated"
+            )
         else:
             seen.optional = True
             self._report(rules.NEED_REPLY, "need_reply, but REPLY_ACK was not negotiated")
@@ -260,11 +263,13 @@ class _Channel:
             name = row.name if row is not None else f"message {number}"
             self._report(rules.REPLY_TO_NOTHING, f"a reply to {name}, which nobody asked for{first}")
             return None
+        passed = []
         while waiting[0].spec.id != number:
-            passed = waiting.popleft()
-            if not passed.optional:
-                rule = rules.REPLY_MISSING if passed.own_reply else rules.ACK_MISSING
-                self._report(rule, f"no answer to {passed.spec.name} before the next one's")
+            passed.append(waiting.popleft())
+        for rule, own_reply in ((rules.REPLY_MISSING, True), (rules.ACK_MISSING, False)):
+            names = [seen.spec.name for seen in passed if seen.own_reply is own_reply and not seen.optional]
+            if names:
+                self._report(rule, f"no answer to {_listed(names)}, but to a later request")
         return waiting.popleft()
 
     def _reply(self, seen: Seen, frame: Frame) -> None:
@@ -277,7 +282,7 @@ class _Channel:
         """A reply to nothing may still have the look of one."""
         data = bytes(frame.data)
         payload: Payload = Opaque(data)
-        if _is_known(seen.spec, self._table):
+        if self._table.get(seen.spec.id) is seen.spec:
             try:
                 payload = seen.spec.decode(data, reply=True)
             except InvalidMessage:
@@ -285,5 +290,6 @@ class _Channel:
         seen.payload = payload
 
 
-def _is_known(spec: Spec, rows: dict[int, Spec]) -> bool:
-    return rows.get(spec.id) is spec
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

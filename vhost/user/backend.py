@@ -17,9 +17,12 @@ from vhost.user.channel import BackendChannel
 from vhost.user.crypto import CryptoHandlers
 from vhost.user.gpu_socket import GpuSocketHandlers
 from vhost.user.inband import InbandHandlers
+from vhost.user.inflight import InflightHandlers
+from vhost.user.iotlb import IotlbHandlers
 from vhost.user.legacy import LegacyHandlers
 from vhost.user.log import LogHandlers
 from vhost.user.objects import ObjectHandlers
+from vhost.user.postcopy import PostcopyHandlers
 from vhost.user.session import Message
 from vhost.user.spec import Answer, close_fds
 from vhost.user.state import StateHandlers
@@ -31,9 +34,12 @@ MESSAGES_PER_STEP = 16
 
 
 class Backend(
+    IotlbHandlers,
     LogHandlers,
     StateHandlers,
+    PostcopyHandlers,
     InbandHandlers,
+    InflightHandlers,
     ObjectHandlers,
     GpuSocketHandlers,
     CryptoHandlers,
@@ -149,6 +155,8 @@ class Backend(
         if writes != self._channel_writes:
             self._channel_writes = writes
             self._epoll.modify(channel.fileno(), select.EPOLLIN | (select.EPOLLOUT if writes else 0))
+            if not writes and self._config_changed:
+                self.wake()
 
     def _let_go(self) -> None:
         self._drop_channel()

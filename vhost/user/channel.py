@@ -12,14 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vhost.errors import ProtocolError
-from vhost.features import ProtocolF
 from vhost.user.messages import BackendMsg, GpuMsg
 from vhost.user.payloads import EMPTY, Payload
 from vhost.user.session import Message
 from vhost.user.transport import Transport
 
 REPLIES_PER_STEP = 16
-_REPLY_ACK = int(ProtocolF.REPLY_ACK)
 
 Then = Callable[[Message | None], None]
 """Called with the answer, whose descriptors it may take; None: there will be none."""
@@ -58,14 +56,13 @@ class BackendChannel:
             if then is not None:
                 then(None)
             return
-        asks = then is not None and bool(self.session.protocol_features & _REPLY_ACK)
-        outgoing = self.session.request(number, payload, fds, need_reply=asks)
+        outgoing = self.session.request(number, payload, fds, need_reply=False if then is None else None)
         if outgoing.expects_reply:
             self._waiting.append(then)
         try:
             self.transport.send(outgoing)
         except ProtocolError as error:
-            self.error = error
+            self.error = error.with_traceback(None)
         if then is not None and not outgoing.expects_reply:
             then(None)
 
@@ -83,7 +80,8 @@ class BackendChannel:
                     if then is not None:
                         then(message)
         except ProtocolError as error:
-            self.error = error
+            # Its frames hold this object, and all that the session has, until the collector comes by.
+            self.error = error.with_traceback(None)
         return self.error is None
 
     def close(self) -> None:

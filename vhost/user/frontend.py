@@ -12,8 +12,11 @@ from vhost.features import ProtocolF, VhostF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend_base import WANTED
 from vhost.user.frontend_inband import FrontendInband
+from vhost.user.frontend_inflight import FrontendInflight
+from vhost.user.frontend_iotlb import FrontendIotlb
 from vhost.user.frontend_log import FrontendLog
 from vhost.user.frontend_objects import FrontendObjects
+from vhost.user.frontend_postcopy import FrontendPostcopy
 from vhost.user.frontend_state import FrontendState
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import (
@@ -40,9 +43,12 @@ _MQ = int(ProtocolF.MQ)
 
 
 class Frontend(
+    FrontendIotlb,
     FrontendLog,
     FrontendState,
+    FrontendPostcopy,
     FrontendInband,
+    FrontendInflight,
     FrontendObjects,
 ):
     """A session with a back-end, negotiated as far as the transport goes.
@@ -55,7 +61,7 @@ class Frontend(
     _guest_memory = GuestMemory()
 
     def get_features(self) -> int:
-        return self.offered_features & ~_TRANSPORT
+        return self.offered_features & ~_TRANSPORT & ~self._hidden_features
 
     def set_features(self, features: int) -> None:
         features = self._features_to_send(features) | (self.offered_features & _PROTOCOL_FEATURES)
@@ -92,7 +98,10 @@ class Frontend(
         if self._has(ProtocolF.STATUS):
             self._send(F.SET_STATUS, U64(status))
         self._status = status
-        if not status:
+        if not status and self._has(ProtocolF.RESET_DEVICE):
+            # As QEMU has it: a status of 0 alone may be a pause.
+            self.reset_device()
+        elif not status:
             self._device_was_reset()
 
     def reset_device(self) -> None:
@@ -141,24 +150,37 @@ class Frontend(
                 self.remove_mem_region(region)
             for region in memory:
                 if region not in self._memory:
-                    self.add_mem_region(region)
+                    self._add(region)
+            self._acknowledge(F.ADD_MEM_REG)
         else:
             if len(memory) > MEM_TABLE_REGIONS:
                 raise InvalidGuestMemory(
                     f"{len(memory)} regions, limit {MEM_TABLE_REGIONS} without CONFIGURE_MEM_SLOTS"
                 )
-            table = MemTable(tuple(_describe(region) for region in memory))
-            self._send(F.SET_MEM_TABLE, table, [region.fd for region in memory])
+            table = MemTable(tuple(self._describe(region) for region in memory))
+            self._share(F.SET_MEM_TABLE, table, memory)
+            self._acknowledge(F.SET_MEM_TABLE)
         self._memory = tuple(memory)
         self._guest_memory = memory
+        self._map_memory(memory)
+
+    def _describe(self, region: Region) -> MemoryRegion:
+        if region.fd < 0:
+            raise InvalidGuestMemory(f"the region at {region.guest_addr:#x} has no descriptor to share")
+        user_addr = region.guest_addr if self._has(ProtocolF.GPA_ADDRESSES) else region.user_addr
+        return MemoryRegion(region.guest_addr, region.size, user_addr, region.mmap_offset)
 
     def add_mem_region(self, region: Region) -> None:
-        self._send(F.ADD_MEM_REG, SingleRegion(_describe(region)), [region.fd])
+        self._add(region)
+        self._acknowledge(F.ADD_MEM_REG)
+
+    def _add(self, region: Region) -> None:
+        self._share(F.ADD_MEM_REG, SingleRegion(self._describe(region)), (region,))
         self._memory += (region,)
         self._guest_memory = GuestMemory(self._memory)
 
     def remove_mem_region(self, region: Region) -> None:
-        self._send(F.REM_MEM_REG, SingleRegion(_describe(region)))
+        self._send(F.REM_MEM_REG, SingleRegion(self._describe(region)))
         self._memory = tuple(other for other in self._memory if other is not region)
         self._guest_memory = GuestMemory(self._memory)
 
@@ -171,9 +193,10 @@ class Frontend(
     def set_vring_addr(
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
     ) -> None:
-        user = self._guest_memory.guest_to_user
         log, flags = self._address_to_send(index, (desc, avail, used), log, flags)
-        self._send(F.SET_VRING_ADDR, VringAddr(index, flags, user(desc), user(used), user(avail), log))
+        if not self._translates and not self._has(ProtocolF.GPA_ADDRESSES):
+            desc, avail, used = map(self._guest_memory.guest_to_user, (desc, avail, used))
+        self._send(F.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
 
     def set_vring_base(self, index: int, base: int) -> None:
         self._send(F.SET_VRING_BASE, VringState(index, base))
@@ -209,9 +232,3 @@ class Frontend(
         """Nothing to send to a back-end that enabled all rings with SET_FEATURES."""
         if self.offered_features & _PROTOCOL_FEATURES:
             self._send(F.SET_VRING_ENABLE, VringState(index, int(enable)))
-
-
-def _describe(region: Region) -> MemoryRegion:
-    if region.fd < 0:
-        raise InvalidGuestMemory(f"the region at {region.guest_addr:#x} has no descriptor to share")
-    return MemoryRegion(region.guest_addr, region.size, region.user_addr, region.mmap_offset)

@@ -38,13 +38,16 @@ WANTED = (
     | ProtocolF.MTU
     | ProtocolF.RARP
     | ProtocolF.LOG_SHMFD
+    | ProtocolF.INFLIGHT_SHMFD
     | ProtocolF.DEVICE_STATE
+    | ProtocolF.PAGEFAULT
     | ProtocolF.CROSS_ENDIAN
     | ProtocolF.CRYPTO_SESSION
     | ProtocolF.BACKEND_SEND_FD
     | ProtocolF.HOST_NOTIFIER
     | ProtocolF.SHARED_OBJECT
     | ProtocolF.SHMEM_MAP
+    | ProtocolF.GPA_ADDRESSES
 )
 RETRY_PAUSE = 0.05
 MESSAGES_PER_LOOK = 16
@@ -73,6 +76,8 @@ class FrontendBase(VhostOps):
         self.protocol_features = 0
         self.offered_protocol_features = 0
         self._channel_open = False
+        self._serves = False
+        """We are about to answer a request of the back-end's; that may take requests of ours."""
         self._rings: set[int] = set()
         self._news: dict[str, Callable[[], None]] = {}
         try:
@@ -181,6 +186,8 @@ class FrontendBase(VhostOps):
 
     def _call(self, outgoing: Outgoing) -> Message | None:
         reply = self.transport.call(outgoing, self.timeout)
+        if self._serves:
+            return reply  # another request may wait, and will deliver
         try:
             self._deliver()
         except BaseException:
@@ -207,16 +214,28 @@ class FrontendBase(VhostOps):
         """Answer what the back-end asks; what came of it is told by ``_deliver``, for this may run in
         the middle of a request of ours."""
         assert self.channel is not None
+        # The next one waits until this one has its answer: a back-end that asks without end would have us
+        # answer it deeper and deeper within each other.
+        self._serves = True
+        self.transport.serve_meanwhile(self.channel.fileno(), None)
+        try:
+            self._serve_some(self.channel)
+        finally:
+            self._serves = False
+            if self._channel_open:
+                self.transport.serve_meanwhile(self.channel.fileno(), self._serve_channel)
+
+    def _serve_some(self, channel: Transport) -> None:
         for _ in range(MESSAGES_PER_LOOK):
             if not self._channel_open:
                 return
             try:
-                message = self.channel.receive()
+                message = channel.receive()
                 if message is None:
-                    self.channel.flush()
+                    channel.flush()
                     break
                 with contextlib.closing(message):
-                    self._serve(self.channel, message)
+                    self._serve(channel, message)
             except ProtocolError as error:
                 self._refuse_on_channel(error)
 

@@ -80,7 +80,9 @@ class FrontendLog(FrontendBase):
         self._acknowledged = features
         return features | (_LOG_ALL if self._logs else 0)
 
-    def _address_to_send(self, index: int, areas: tuple[int, int, int], log: int, flags: int) -> tuple[int, int]:
+    def _address_to_send(
+        self, index: int, areas: tuple[int, int, int], log: int, flags: int
+    ) -> tuple[int, int]:
         """Log address and flags of SET_VRING_ADDR."""
         self._areas[index] = areas
         return (areas[2], flags | _VRING_LOG) if self._logs else (log, flags)

@@ -44,6 +44,8 @@ MTU_MIN, MTU_MAX = 68, 65535  # VIRTIO 5.1.4.1
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _CONFIG = int(ProtocolF.CONFIG)
+_RESET_DEVICE = int(ProtocolF.RESET_DEVICE)
+_GPA_ADDRESSES = int(ProtocolF.GPA_ADDRESSES)
 _NET = int(ProtocolF.MTU | ProtocolF.RARP)
 _ALWAYS = int(
     ProtocolF.MQ
@@ -161,10 +163,13 @@ class Handlers(DeviceSession):
             sock.close()
             raise IncorrectFds(str(error), request=message.name) from error
 
+    def _may_tell(self) -> bool:
+        """A suspended device is silent, and one is suspended before its first ring starts (vhost-user,
+        "Suspended device state"). Nor is anything added to what a front-end does not read."""
+        return not self.suspended and (self.channel is None or not self.channel.pending)
+
     def _tell_config_change(self) -> None:
-        if self.channel is None or not self.session.protocol_features & _CONFIG:
-            return
-        if not self.channel.pending:  # what waits there says the same
+        if self.channel is not None and self.session.protocol_features & _CONFIG:
             self.channel.request(BackendMsg.BACKEND_CONFIG_CHANGE_MSG)
 
     # -- the device --------------------------------------------------------------------------------
@@ -177,6 +182,10 @@ class Handlers(DeviceSession):
     def set_config(self, message: Message) -> None:
         new = message.payload
         self.check_config_range(new.offset, new.offset + len(new.payload), message.name)
+        if new.flags & ~CONFIG_LIVE_MIGRATION:
+            raise InvalidMessage(
+                f"flags {new.flags:#x}, must be 0 or {CONFIG_LIVE_MIGRATION}", request=message.name
+            )
         if new.flags & CONFIG_LIVE_MIGRATION:
             return  # what the source had; ours says what this device is
         self.write_config(new.offset, new.payload, message.name)
@@ -186,6 +195,11 @@ class Handlers(DeviceSession):
 
     def set_status(self, message: Message) -> None:
         self.change_status(message.payload.value, message.name)
+
+    def _status_resets(self) -> bool:
+        """QEMU sets 0 whenever it stops the device, for a pause or a migration as well, after which the
+        driver goes on as if nothing had been. RESET_DEVICE it sends, if it can, when the driver reset."""
+        return not self.session.protocol_features & _RESET_DEVICE
 
     def reset_device(self, message: Message) -> None:
         self.reset(message.name)
@@ -203,25 +217,35 @@ class Handlers(DeviceSession):
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def set_mem_table(self, message: Message) -> None:
-        table: MemTable = message.payload
-        self.replace_memory(
-            GuestMemory([_map(region, fd) for region, fd in zip(table.regions, message.fds, strict=True)])
-        )
+    def set_mem_table(self, message: Message) -> MemTable | None:
+        regions = zip(message.payload.regions, message.fds, strict=True)
+        self.replace_memory(GuestMemory([self._map(region, fd) for region, fd in regions]))
+        return None
 
     def get_max_mem_slots(self, message: Message) -> U64:
         return U64(MAX_REGIONS)
 
-    def add_mem_reg(self, message: Message) -> None:
+    def add_mem_reg(self, message: Message) -> SingleRegion | None:
         (fd,) = message.fds
-        self.replace_memory(self.memory.add(_map(message.payload.region, fd)))
+        self.replace_memory(self.memory.add(self._map(message.payload.region, fd)))
+        return None
 
     def rem_mem_reg(self, message: Message) -> None:
         payload: SingleRegion = message.payload
         region: Any = payload.region
         self.replace_memory(
-            self.memory.remove(guest_addr=region.guest_addr, user_addr=region.user_addr, size=region.size)
+            self.memory.remove(
+                guest_addr=region.guest_addr, user_addr=self._user_addr(region), size=region.size
+            )
         )
+
+    def _user_addr(self, region: MemoryRegion | XenMemoryRegion) -> int:
+        """With GPA_ADDRESSES, wherever there was a user address there is a guest address."""
+        gpa = self.session.protocol_features & _GPA_ADDRESSES
+        return int(region.guest_addr if gpa else region.user_addr)
+
+    def _map(self, region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
+        return _map(region, fd, self._user_addr(region))
 
     # -- rings -------------------------------------------------------------------------------------
 
@@ -234,7 +258,7 @@ class Handlers(DeviceSession):
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
         addr = message.payload
-        if not ring.started:
+        if not ring.started and self.iotlb is None:
             for name in ("desc", "avail", "used"):
                 try:
                     self.memory.user_to_guest(getattr(addr, name))
@@ -243,9 +267,7 @@ class Handlers(DeviceSession):
         self.place_ring(ring, Areas(addr.desc, addr.avail, addr.used), message.name)
 
     def set_vring_base(self, message: Message) -> None:
-        ring = self._ring(message)
-        ring.must_be_stopped(message.name)
-        ring.base = message.payload.num
+        self.begin_ring(self._ring(message), message.payload.num, message.name)
 
     def get_vring_base(self, message: Message) -> VringState:
         ring = self._ring(message)
@@ -279,7 +301,7 @@ class Handlers(DeviceSession):
 XEN_FOREIGN, XEN_GRANT = 1, 2
 
 
-def _map(region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
+def _map(region: MemoryRegion | XenMemoryRegion, fd: int, user_addr: int) -> Region:
     if isinstance(region, XenMemoryRegion) and region.xen_flags:
         kind = "foreign" if region.xen_flags & XEN_FOREIGN else "grant"
         if not region.xen_flags & (XEN_FOREIGN | XEN_GRANT):
@@ -292,6 +314,6 @@ def _map(region: MemoryRegion | XenMemoryRegion, fd: int) -> Region:
         fd,
         region.size,
         guest_addr=region.guest_addr,
-        user_addr=region.user_addr,
+        user_addr=user_addr,
         mmap_offset=region.mmap_offset,
     )

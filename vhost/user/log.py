@@ -60,7 +60,9 @@ class LogHandlers(Handlers):
         super().set_features(message)
         if self.features & _LOG_ALL == logged:
             return
-        if self._log is not None and not logged:
+        if logged:
+            self._unlogged = False  # that migration is over
+        elif self._log is not None:
             try:
                 self._check_log(self._log, self.memory)
             except InvalidLogAddress as error:
@@ -87,16 +89,19 @@ class LogHandlers(Handlers):
         return U64(0) if self.session.protocol_features & _LOG_SHMFD else None
 
     def set_log_fd(self, message: Message) -> None:
-        check_event_fd(message.fds[0])
+        (fd,) = message.fds
+        check_event_fd(fd)
+        message.take_fd()
         with self.paused(*self.rings):
-            old, self._log_fd = self._log_fd, message.take_fd()
+            old, self._log_fd = self._log_fd, fd
             if old >= 0:
                 os.close(old)
 
     def set_vring_addr(self, message: Message) -> None:
         ring = self._ring(message)
         addr: VringAddr = message.payload
-        started, old = ring.started, ring.log_used
+        started = ring.started
+        old = ring.log_used
         ring.log_used = addr.log if addr.flags & _VRING_LOG else None
         try:
             if self._log is not None and self._logs:
@@ -141,6 +146,7 @@ class LogHandlers(Handlers):
 
     def _run(self, ring: Ring) -> None:
         self._tell_log(ring)
+        self._check_log_file()  # what was just marked may have shown it
         super()._run(ring)
 
     def _tell_log(self, ring: Ring) -> None:
@@ -157,6 +163,9 @@ class LogHandlers(Handlers):
 
     def _check_memory(self) -> None:
         super()._check_memory()
+        self._check_log_file()
+
+    def _check_log_file(self) -> None:
         if self._log is not None and self._log.broken:
             raise InvalidLogAddress("the front-end truncated the file behind the dirty log")
 

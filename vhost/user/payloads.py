@@ -250,9 +250,11 @@ class MemTable(Payload):
                 f"payload MemTable: num regions {count}, must be 1 to {TABLE_REGIONS_ACCEPTED}"
             )
         end = 8 + count * each
-        # The struct has room for eight; one that was sent whole has zeroes behind the used ones.
-        whole = len(data) == 8 + TABLE_REGIONS * each and not any(data[end:])
-        if len(data) != end and not whole:
+        # The struct has room for eight (in Linux' virtio_uml for two); one that was sent whole has zeroes
+        # behind the used ones.
+        rest = data[end:]
+        whole = len(data) <= 8 + TABLE_REGIONS * each and not len(rest) % each and not any(rest)
+        if len(data) < end or (rest and not whole):
             raise InvalidMessage(f"payload MemTable: size {len(data)}, must be {end} for num regions {count}")
         return cls(tuple(cls.REGION.unpack(data[at : at + each]) for at in range(8, end, each)))
 

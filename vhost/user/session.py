@@ -31,7 +31,7 @@ from vhost.errors import (
     UnsupportedRequest,
 )
 from vhost.features import ProtocolF
-from vhost.user.messages import frame, table, unknown
+from vhost.user.messages import FrontendMsg, frame, table, unknown
 from vhost.user.payloads import EMPTY, U64, Opaque, Payload
 from vhost.user.spec import (
     HEADER,
@@ -39,6 +39,7 @@ from vhost.user.spec import (
     MAX_FDS,
     NEED_REPLY_FLAG,
     NO_FDS,
+    POSTCOPY_ACK_SIZE,
     REPLY_FLAG,
     VERSION,
     VERSION_MASK,
@@ -53,6 +54,7 @@ from vhost.user.spec import (
 
 _XEN_MMAP = int(ProtocolF.XEN_MMAP)
 _REPLY_ACK = int(ProtocolF.REPLY_ACK)
+POSTCOPY_ACK = int(FrontendMsg.SET_MEM_TABLE)
 
 Trace = Callable[[str, Message | Outgoing], None]
 """Called with "recv" or "send" and the message."""
@@ -89,10 +91,13 @@ class Session:
         self.offered_protocol_features = 0
         """Taken from the reply to GET_PROTOCOL_FEATURES as it passes."""
         self.postcopy = False
+        """From POSTCOPY_LISTEN to POSTCOPY_END; set by the owner of the session."""
         self.closed = False
-        self._failed: ProtocolError | None = None
+        # Why it ended, in words: an error keeps its frames, and with them all that the caller has.
+        self._failed: str | None = None
         # The replies that the peer owes, and whether they have the row's payload.
         self._outstanding: deque[tuple[Spec, bool]] = deque()
+        self._answers = 0
         self._data = bytearray()
         self._fds: list[int] = []
         self._target = HEADER_SIZE
@@ -136,7 +141,7 @@ class Session:
         except ProtocolError as error:
             self._drop_fds()
             if error.message is None:
-                self._failed = error
+                self._failed = str(error)
             elif self.trace is not None:
                 self.trace("recv", error.message)
             raise
@@ -151,20 +156,19 @@ class Session:
         """The peer closed the stream: raises Disconnected, or PartialMessage inside a message."""
         self._drop_fds()
         self._check_open()
-        error: ProtocolError
+        self._failed = str(self._end(reason))
+        raise self._end(reason)
+
+    def _end(self, reason: str) -> ProtocolError:
         if self.in_message:
             where = f"{reason} after {len(self._data)} of {self._target} bytes of the "
             if self._header is None:
-                error = PartialMessage(f"{where}header")
-            else:
-                error = PartialMessage(f"{where}payload", request=self._header[0].name)
-        elif self._outstanding:
+                return PartialMessage(f"{where}header")
+            return PartialMessage(f"{where}payload", request=self._header[0].name)
+        if self._outstanding:
             spec = self._outstanding[0][0]
-            error = Disconnected(f"{reason} before the reply", request=spec.name)
-        else:
-            error = Disconnected(reason)
-        self._failed = error
-        raise error
+            return Disconnected(f"{reason} before the reply", request=spec.name)
+        return Disconnected(reason)
 
     def close(self) -> None:
         """Close the descriptors of a message that never became whole. Idempotent."""
@@ -212,6 +216,9 @@ class Session:
 
     def _read_header(self, data: bytes) -> tuple[Spec, int, bool, bool]:
         number, flags, size = HEADER.unpack(data)
+        if number == 0 and size == POSTCOPY_ACK_SIZE and self.postcopy:
+            # QEMU repeats its last request as the acknowledgement, which is none if no region changed.
+            number = POSTCOPY_ACK
         row = self.table.get(number)
         known = row is not None
         spec = row if row is not None else unknown(number, Role.BACKEND if self.requester else Role.FRONTEND)
@@ -232,7 +239,7 @@ class Session:
         else:
             if flags & REPLY_FLAG:
                 raise InvalidMessage(f"header flags {flags:#x}: REPLY on a request", request=spec.name)
-            own_reply = spec.replies(self.protocol_features, self.postcopy)
+            own_reply = spec.replies(self.protocol_features, self.postcopy, size)
             limit = spec.max_size(False, xen=self._xen) if known else Opaque.MAX_SIZE
         if size > limit:
             raise OversizedMessage(f"payload size {size}, limit {limit}", request=spec.name)
@@ -241,6 +248,7 @@ class Session:
 
     def _read_reply(self, spec: Spec, own_reply: bool, data: bytes) -> Message:
         self._outstanding.popleft()
+        self._answers += 1
         payload: Payload
         try:
             payload = spec.decode(data, reply=True, xen=self._xen) if own_reply else U64.unpack(data)
@@ -254,12 +262,13 @@ class Session:
         if own_reply and spec.name.endswith("GET_PROTOCOL_FEATURES") and isinstance(payload, U64):
             self.offered_protocol_features = payload.value
         fds, self._fds = self._fds, []
-        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply)
+        return Message(spec, payload, fds, is_reply=True, is_ack=not own_reply, number=self._answers)
 
     def _read_request(self, spec: Spec, flags: int, own_reply: bool, known: bool, data: bytes) -> Message:
         # From here on the stream is in step: what is wrong with the message is wrong with it alone.
         need_reply = bool(flags & NEED_REPLY_FLAG) and self.channel is not Channel.GPU
         message = Message(spec, EMPTY, [], need_reply, own_reply=own_reply)
+        payload: Payload
         if not known:
             message.payload = Opaque(data)
             raise UnsupportedRequest("unknown request", request=spec.name, message=message)
@@ -272,7 +281,10 @@ class Session:
                 f"{spec.feature_name} was not negotiated", request=spec.name, message=message
             )
         try:
-            message.payload = payload = spec.decode(data, xen=self._xen)
+            if spec.acks_postcopy(self.postcopy, len(data)):
+                message.payload = payload = U64.unpack(data)
+            else:
+                message.payload = payload = spec.decode(data, xen=self._xen)
         except InvalidMessage as error:
             message.payload = Opaque(data)
             raise InvalidMessage(error.text, request=spec.name, message=message) from None
@@ -305,16 +317,21 @@ class Session:
             raise ValueError(f"message {number} is unknown")
         if not spec.active(self.features, self.protocol_features, self.offered_protocol_features):
             raise InactiveFeature(f"{spec.feature_name} was not negotiated", request=spec.name)
-        self._check_outgoing(spec, payload, fds, reply=False)
-        own_reply = spec.replies(self.protocol_features, self.postcopy)
+        packed = payload.pack()
+        if not (isinstance(payload, U64) and spec.acks_postcopy(self.postcopy, len(packed))):
+            self._check_outgoing(spec, payload, fds, reply=False)
+        own_reply = spec.replies(self.protocol_features, self.postcopy, len(packed))
         if need_reply is None:
             # In postcopy the table's own reply is the answer (vhost-user, SET_MEM_TABLE).
             need_reply = not own_reply and bool(self._protocol_features & self._acks)
-        data = frame(spec.id, payload.pack(), need_reply=need_reply, version=self._version)
+        elif need_reply and not self._acks:
+            raise ValueError(f"{spec.name}: there are no acks on the channel {self.channel.value!r}")
+        data = frame(spec.id, packed, need_reply=need_reply, version=self._version)
         expects = own_reply or need_reply
         outgoing = Outgoing(data, tuple(fds), expects, spec, payload, need_reply)
         if expects:
             self._outstanding.append((spec, own_reply))
+            outgoing.number = self._answers + len(self._outstanding)
         return self._traced(outgoing)
 
     def reply(self, message: Message, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:

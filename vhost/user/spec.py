@@ -26,6 +26,7 @@ VERSION = 1
 VERSION_MASK = 3
 REPLY_FLAG = 1 << 2
 NEED_REPLY_FLAG = 1 << 3
+POSTCOPY_ACK_SIZE = 8
 _LOG_SHMFD = int(ProtocolF.LOG_SHMFD)
 MAX_FDS = TABLE_REGIONS_ACCEPTED
 """As many as any message has. Linux lets 253 through at a time, and then a few sessions with a message
@@ -88,8 +89,9 @@ class Fds:
         if self.rule in ("nofd", "disabled"):
             count = 0 if _nofd(payload) else 1
             return count, count
-        if self.rule == "region" and isinstance(payload, MemTable):
-            return len(payload.regions), len(payload.regions)
+        if self.rule == "region":
+            count = len(payload.regions) if isinstance(payload, MemTable) else int(hasattr(payload, "region"))
+            return count, count
         return self.least, self.most
 
     def complaint(self, count: int, payload: Payload) -> str | None:
@@ -141,6 +143,9 @@ class Spec:
     live: bool = False
     """Served by this version. What is not is never offered, and refused when it comes anyway."""
     section: str = "Front-end message types"
+    postcopy_ack: bool = False
+    """After POSTCOPY_LISTEN a u64 in place of the payload, 0, acknowledges the replies before; it has
+    none itself (SET_MEM_TABLE)."""
     request_also: tuple[type[Payload], ...] = ()
     reply_also: tuple[type[Payload], ...] = ()
     """Other payloads that peers send, told apart by their size."""
@@ -195,13 +200,20 @@ class Spec:
         word = int(protocol_features) | (int(offered) if self.gate is Gate.OFFERED else 0)
         return bool(word & self.feature_bit)
 
-    def replies(self, protocol_features: int, postcopy: bool = False) -> bool:
-        """Whether the row's own reply payload answers it, as opposed to an ack."""
+    def replies(self, protocol_features: int, postcopy: bool = False, size: int = 0) -> bool:
+        """Whether the row's own reply payload answers it, as opposed to an ack. ``size``: of the request's
+        payload."""
         if self.policy is Policy.ACK:
             return False
         if self.policy is Policy.ALWAYS:
             return True
-        return postcopy if self.policy is Policy.POSTCOPY else bool(int(protocol_features) & _LOG_SHMFD)
+        if self.policy is Policy.POSTCOPY:
+            return postcopy and not self.acks_postcopy(postcopy, size)
+        return bool(int(protocol_features) & _LOG_SHMFD)
+
+    def acks_postcopy(self, postcopy: bool, size: int) -> bool:
+        """Whether a request with a payload of this size is no request but the acknowledgement."""
+        return postcopy and self.postcopy_ack and size == POSTCOPY_ACK_SIZE
 
     @property
     def feature_name(self) -> str:
@@ -218,11 +230,12 @@ class Spec:
     def ring_index(self, payload: Any) -> int | None:
         return getattr(payload, self.per_ring) if self.per_ring else None
 
-    def show(self, payload: Payload) -> str:
-        """The payload for people, with the names of feature bits."""
+    def show(self, payload: Payload, names: tuple[type[IntFlag], ...] | None = None) -> str:
+        """The payload for people, with the names of feature bits: the row's, or those given."""
         value = getattr(payload, "value", None)
-        if self.names and isinstance(value, int):
-            return f"value={value:#x} ({' '.join(feature_names(value, *self.names)) or 'none'})"
+        names = self.names if names is None else names
+        if names and isinstance(value, int):
+            return f"value={value:#x} ({' '.join(feature_names(value, *names)) or 'none'})"
         return str(payload)
 
     def as_dict(self) -> dict[str, Any]:
@@ -260,6 +273,8 @@ class Message:
     own_reply: bool = False
     """A request that is answered by its row's reply payload rather than an ack."""
     answered: bool = False
+    number: int = 0
+    """Of a reply: that of the request that it answers."""
 
     @property
     def name(self) -> str:
@@ -323,6 +338,8 @@ class Outgoing:
     payload: Any = EMPTY
     need_reply: bool = False
     is_reply: bool = False
+    number: int = 0
+    """Of a request that is answered: which one of the channel it is, from 1 on."""
 
     @property
     def name(self) -> str:

@@ -55,6 +55,9 @@ class Transport:
         self._poll: select.poll | None = None
         self._polled = 0
         self._meanwhile: dict[int, Callable[[], None]] = {}
+        # Which requests somebody waits for, and replies that were there before he looked.
+        self._waited_for: set[int] = set()
+        self._kept: dict[int, Message] = {}
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -68,11 +71,15 @@ class Transport:
     def close(self) -> None:
         """Close the socket, and all descriptors that neither side took. Idempotent."""
         queue, self._queue = self._queue, deque()
+        kept, self._kept = self._kept, {}
         self.pending = 0
         self.session.close()
         self.socket.close()
+        self._meanwhile.clear()  # whose owner may be ours: both would wait for the collector
         for queued in queue:
             close_fds(queued.fds)
+        for message in kept.values():
+            message.close()
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -158,7 +165,11 @@ class Transport:
 
     def call(self, outgoing: Outgoing, timeout: float | None = None) -> Message | None:
         """Send a request and wait for its reply; None if it has none. A non-zero ack raises
-        RequestFailed. Replies to requests sent before it are checked likewise and dropped."""
+        RequestFailed. Replies to requests sent before it, which nobody waits for, are checked likewise and
+        dropped.
+
+        What is served meanwhile may make calls of its own. Replies come in the order of the requests, so the
+        inner call finds the outer one's first, and keeps it."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self.send(outgoing)
         while self.pending:
@@ -166,20 +177,27 @@ class Transport:
             self.flush()
         if not outgoing.expects_reply:
             return None
-        message: Message | None = None
         failed: Message | None = None
-        while self.session.outstanding:
-            if message is not None:
-                message.close()
-            # The reply is hardly ever there at once: waiting first saves a futile read.
-            self._wait(select.POLLIN, deadline, timeout, outgoing)
-            while (message := self.receive()) is None:
+        self._waited_for.add(outgoing.number)
+        try:
+            while (message := self._kept.pop(outgoing.number, None)) is None:
+                # The reply is hardly ever there at once: waiting first saves a futile read.
                 self._wait(select.POLLIN, deadline, timeout, outgoing)
-            if message.is_ack and message.status and failed is None:
-                failed = message
+                other = None if outgoing.number in self._kept else self.receive()
+                if other is None:
+                    continue
+                if other.number in self._waited_for:
+                    self._kept[other.number] = other
+                    continue
+                other.close()
+                if other.is_ack and other.status and failed is None:
+                    failed = other
+        finally:
+            self._waited_for.discard(outgoing.number)
+        if failed is None and message.is_ack and message.status:
+            failed = message
         if failed is not None:
-            if message is not None:
-                message.close()
+            message.close()
             text = f"the peer answered with failure: status {failed.status:#x}"
             raise RequestFailed(text, request=failed.name, status=failed.status, message=failed)
         return message

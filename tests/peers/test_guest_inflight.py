@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""In-flight tracking under a guest: the back-end is killed a hundred times while 16 processes write and
+verify, QEMU connects again, and nothing is lost or done twice.
+
+The guest's writers (iocheck churn) know the generation of each block that they wrote last. A request that
+is lost leaves its writer waiting; one that is done again after it was completed brings an old generation
+back, or is a completion that the driver does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from guest.machine import Guest, GuestError, Job, vhost_user_blk
+from peers.conftest import Boot
+from peers.support import DEADLINE, make_disk, run
+
+pytestmark = pytest.mark.guest
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+KILLS = 100
+WRITERS = 16
+SEED = 23
+PROGRAM = Path(__file__).with_name("shuffled_blk.py")
+BETWEEN = (64 << 10, 1 << 20)
+"""Bytes that are written before the next kill; a write has 18 KiB on average."""
+
+
+class Lives:
+    """The program of shuffled_blk.py. ``pid``: the back-end that lives now. ``again``: what all together had
+    to do again."""
+
+    def __init__(self, *args: object) -> None:
+        # In a session of its own, so that parent and child end together.
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *map(str, args)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.again = 0
+        self.pid = self._next()
+
+    def _next(self) -> int:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            what, number = line.split()
+            if what == "pid":
+                return int(number)
+            self.again += int(number)
+        raise AssertionError(f"the program ended with {self.process.wait()}")
+
+    def written(self) -> int:
+        """Bytes, in this life: to the disk, but for some eventfds."""
+        lines = Path(f"/proc/{self.pid}/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["wchar"])
+
+    def work(self, size: int, seconds: float = DEADLINE) -> None:
+        """Wait until so many more bytes are written."""
+        deadline = time.monotonic() + seconds
+        enough = self.written() + size
+        while self.written() < enough:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{size} bytes not written in {seconds} s")
+            time.sleep(0.001)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.pid = self._next()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(DEADLINE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def start_churn(guest: Guest) -> Job:
+    return guest.start(f"iocheck churn /dev/vda {SEED} 0 {SIZE} {WRITERS} /tmp/stop")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("kind", ["python", "c"])
+def test_killed_a_hundred_times(boot: Boot, iocheck: Path, tmp_path: Path, kind: str, packed: bool) -> None:
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    path = tmp_path / "s"
+    with Lives(path, disk, 2, kind) as lives:
+        with boot(vhost_user_blk(path, queues=2, packed=packed, reconnect_ms=10), cpus=2) as guest:
+            assert bool(guest.features() >> 34 & 1) == packed
+            churn = start_churn(guest)
+            for _ in range(KILLS):
+                lives.work(random.randint(*BETWEEN))
+                lives.kill()
+            lives.work(BETWEEN[1])
+            guest.run("touch /tmp/stop")
+            churn.wait()
+            assert "not a head" not in guest.run("dmesg").text
+            least = KILLS if kind == "python" else 1
+            assert lives.again >= least, "too little was in flight for this to say anything"
+            # The last thing that each writer wrote.
+            run(iocheck, "verify", disk, str(SEED), "0", str(SIZE))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_without_tracking_it_fails(boot: Boot, iocheck: Path, tmp_path: Path, packed: bool) -> None:
+    """The same without the buffer. QEMU takes the used index of a split ring as the place to go on: what was
+    completed out of order is done again, and what was in flight before it is lost. For a packed ring there
+    is not even that."""
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    path = tmp_path / "s"
+    with Lives(path, disk, 2, "python", "INFLIGHT_SHMFD") as lives:
+        with boot(vhost_user_blk(path, queues=2, packed=packed, reconnect_ms=10), cpus=2) as guest:
+            churn = start_churn(guest)
+            with pytest.raises((TimeoutError, GuestError)):
+                for _ in range(KILLS):
+                    lives.work(random.randint(*BETWEEN), seconds=10)
+                    lives.kill()
+                guest.run("touch /tmp/stop")
+                churn.wait(timeout=20)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_paused_and_reset_between_kills(boot: Boot, iocheck: Path, tmp_path: Path, packed: bool) -> None:
+    """A pause stops the rings and starts them on the same buffer; a reset makes rings that need a new one."""
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    path = tmp_path / "s"
+    with Lives(path, disk, 1, "python") as lives:
+        with boot(vhost_user_blk(path, packed=packed, reconnect_ms=10)) as guest:
+            for _ in range(2):
+                churn = start_churn(guest)
+                for _ in range(10):
+                    lives.work(random.randint(*BETWEEN))
+                    guest.qmp.command("stop")
+                    guest.qmp.command("cont")
+                    lives.work(random.randint(*BETWEEN))
+                    lives.kill()
+                guest.run("touch /tmp/stop")
+                churn.wait()
+                run(iocheck, "verify", disk, str(SEED), "0", str(SIZE))
+                guest.reset()
+            assert lives.again
+
+
+def test_writers_notice_what_is_done_twice(boot: Boot, iocheck: Path, tmp_path: Path) -> None:
+    """No kill at all, but a device that does an old write again."""
+    disk = make_disk(tmp_path / "disk.raw", SIZE)
+    path = tmp_path / "s"
+    with Lives(path, disk, 1, "replay") as lives:
+        with boot(vhost_user_blk(path), cpus=1) as guest:
+            churn = start_churn(guest)
+            lives.work(1500 * 18 << 10)
+            guest.run("touch /tmp/stop")
+            with pytest.raises(GuestError, match="FAIL byte"):
+                churn.wait()
