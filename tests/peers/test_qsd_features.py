@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Each feature that qemu-storage-daemon's vhost-user-blk export offers, exercised by our front-end and driver.
+"""Each feature that qemu-storage-daemon's vhost-user-blk export offers, exercised by our front-end.
 
 An offered bit that no row has fails ``test_each_bit_has_an_exercise``. Where a bit alone has no effect that
 could be seen, the row says why; that it can be acknowledged, and the disk then works, is tested for all.
