@@ -36,7 +36,8 @@ def legacy_on(path: Path, features: int = 0) -> Iterator[RawFrontend]:
         h.served(vhost.devices.Rng(), path),
         contextlib.closing(RawFrontend(path)) as raw,
     ):
-        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES))
+        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64
+        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~h.GPA_ADDRESSES))
         assert raw.status(h.SET_OWNER) == 0
         assert raw.status(h.SET_FEATURES, h.u64(features | h.PROTOCOL_FEATURES)) == 0
         assert raw.share_memory() == 0
@@ -115,7 +116,7 @@ def test_a_reset_forgets_the_order(tmp_path: Path, no_leaks: None) -> None:
 def test_devices_that_do_not_say_so_are_not_asked(tmp_path: Path, no_leaks: None) -> None:
     """The numbers in a disk's requests would be read in the wrong order."""
     with h.served(Mute(), tmp_path / "s"), contextlib.closing(RawFrontend(tmp_path / "s")) as raw:
-        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES
+        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64
         assert not offered & ProtocolF.CROSS_ENDIAN
         raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered))
         assert raw.status(SET_VRING_ENDIAN, h.state(0, BIG)) != 0
