@@ -42,9 +42,7 @@ class Asking(RawBackend):
 
     def ask(self, iova: int, access: int = 3, kind: int = MISS) -> None:
         body = BODY.pack(iova, 0, 0, access, kind)
-        self.channel.sendall(
-            h.HEADER.pack(BACKEND_IOTLB_MSG, h.VERSION | h.NEED_REPLY, len(body)) + body
-        )
+        self.channel.sendall(h.HEADER.pack(BACKEND_IOTLB_MSG, h.VERSION | h.NEED_REPLY, len(body)) + body)
 
     def answer(self) -> int:
         data = b""

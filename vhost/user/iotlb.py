@@ -140,9 +140,9 @@ class IotlbHandlers(Handlers):
                 self._asked[miss] = True
             else:
                 del self._asked[miss]
-                self._fail(miss)
+                self._deny(miss)
 
-    def _fail(self, miss: Miss) -> None:
+    def _deny(self, miss: Miss) -> None:
         """It is mapped, but not to be accessed in the way that it has to be."""
         why = f"IOTLB: {_words(miss)}: not allowed"
         rings = [ring for ring in self.rings if miss in self._misses(ring)]
