@@ -232,8 +232,8 @@ class ByPage(vhost.Frontend):
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("gpa", [False, True], ids=["user addresses", "guest addresses"])
 def test_page_by_page(disk: Path, packed: bool, gpa: bool) -> None:
-    """Rings are missed while they are set up, in the middle of SET_VRING_KICK; buffers when they are used; and
-    all of it again after it was taken away, under requests that the device has."""
+    """Rings are missed while they are set up, in the middle of SET_VRING_KICK; buffers when they are used;
+    and all of it again after it was taken away, under requests that the device has."""
     wanted = int(WANTED) & ~(0 if gpa else int(ProtocolF.GPA_ADDRESSES))
     with ByPage.connect(disk, protocol_features=wanted) as frontend:
         frontend.missed = []
