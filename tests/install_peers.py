@@ -9,11 +9,11 @@ Without root it installs what it can and names the packages that are missing; it
 unless CI=true.
 
 Quick when all is there. Programs come from ``apt-get install`` and so need root; the guests' kernels,
-kernel headers, libblkio, User Mode Linux and vhost-user-gpu are only downloaded and unpacked below
-``.cache/`` (or ``PYVHOST_CACHE``), and QEMU's contrib/vhost-user-blk is built there from Debian's source,
-which any user may do. What this release lacks comes from other suites, through apt lists of our own below
-the cache with those suites at priority 50, so that the machine's own apt configuration stays as it is: on
-Debian 12 QEMU and libblkio, and everywhere most of the kernels (``peers/kernels.py``).
+kernel headers, libblkio, virtiofsd, User Mode Linux and vhost-user-gpu are only downloaded and unpacked
+below ``.cache/`` (or ``PYVHOST_CACHE``), and QEMU's contrib/vhost-user-blk is built there from Debian's
+source, which any user may do. What this release lacks comes from other suites, through apt lists of our own
+below the cache with those suites at priority 50, so that the machine's own apt configuration stays as it is:
+on Debian 12 QEMU, libblkio and virtiofsd, and everywhere most of the kernels (``peers/kernels.py``).
 
 Knows which package each peer is in. Does not know what the tests do with the programs. Standard library only.
 """
@@ -40,11 +40,12 @@ from peers.catalogue import (
     QEMU_PPC,
     UML,
     VHOST_USER_GPU,
+    VIRTIOFSD,
 )
 from peers.kernel_install import install_kernel
 from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
 
-# The suites that a release lacks something from: (QEMU, libblkio). None: its own is fine.
+# The suites that a release lacks something from: (QEMU, what is unpacked). None: its own is fine.
 EXTRA_SUITES = {"bookworm": ("bookworm-backports", "trixie")}
 
 
@@ -157,6 +158,8 @@ def main() -> int:
         unpack(apt, "uml", "", UML)
     if "vhost-user-gpu" in todo:
         unpack(apt, "vhost-user-gpu", "", VHOST_USER_GPU)
+    if "virtiofsd" in todo:
+        unpack(apt, "virtiofsd", blkio_suite, VIRTIOFSD)
     if "kernel-headers" in todo:
         unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
     if "contrib-vhost-user-blk" in todo and all(map(shutil.which, ("gcc", "pkg-config"))):

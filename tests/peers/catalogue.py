@@ -24,12 +24,14 @@ UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; un
 VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
 QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
+VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
 BUSYBOX = Path("/bin/busybox")
 
 # For modules that Debian's kernels lack.
 BUILD_PROGRAMS = ("gcc", "make", "strip")
 BUILD_PACKAGES = ("gcc", "make", "binutils")
 
+VIRTIOFSD_LIBRARIES = ("libc6", "libseccomp2", "libcap-ng0", "libgcc-s1")
 # Of vhost-user-gpu: it and what QEMU without a display does not need.
 GPU_PACKAGES = (
     "qemu-system-gui",
@@ -92,6 +94,16 @@ def dpdk() -> str:
     return _program("dpdk-testpmd")()
 
 
+def virtiofsd(socket: Path, folder: Path) -> list[str]:
+    """The command that serves a folder. Its own loader finds it its own C library."""
+    (loader,) = (VIRTIOFSD / "usr").glob("lib*/ld-linux-*.so.*")
+    (libraries,) = (VIRTIOFSD / "usr" / "lib").glob("*-linux-gnu")
+    program = VIRTIOFSD / "usr" / "libexec" / "virtiofsd"
+    command = [str(loader), "--library-path", str(libraries), str(program)]
+    # Without a sandbox of its own it needs no privileges.
+    return [*command, "--socket-path", str(socket), "--shared-dir", str(folder), "--sandbox", "none"]
+
+
 def static_busybox() -> str:
     """The guest has no C library, so busybox must need none: no interpreter named in the file."""
     if not BUSYBOX.exists():
@@ -122,6 +134,7 @@ PEERS: dict[str, Peer] = {
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
+        Peer("virtiofsd", ("virtiofsd", *VIRTIOFSD_LIBRARIES), _file(VIRTIOFSD / "complete")),
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
         Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),

@@ -25,7 +25,7 @@ from vhost.devices.rng import Rng
 from vhost.errors import InvalidState, VhostError
 from vhost.trace.events import Event
 from vhost.trace.proxy import Proxy
-from vhost.trace.records import ChannelKind, Record
+from vhost.trace.records import Record
 from vhost.trace.tracer import Tracer
 from vhost.user.backend import Backend
 from vhost.user.channel import BackendChannel
@@ -176,7 +176,7 @@ class Stage:
     def over(self, session: int) -> bool:
         """It has ended."""
         return any(
-            event.session == session and event.what == "closed" and event.channel is ChannelKind.MAIN
+            event.session == session and event.what == "closed" and event.channel is Channel.MAIN
             for event in self.events
         )
 

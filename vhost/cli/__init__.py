@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    own, program = check.split_command(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(own, argparse.Namespace(program=program))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,20 @@ def add_commands(commands: Commands) -> None:
         "--run",
         nargs=argparse.REMAINDER,
         dest="program",
+        default=argparse.SUPPRESS,
         metavar="COMMAND",
-        help="starts the back-end; the last option",
+        help="starts what is judged; all that follows is the command",
     )
     check.set_defaults(run=run_check)
+
+
+def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments of ours, and the command behind ``--run``, which argparse would look into: it takes a "--"
+    there for its own."""
+    if "check" not in arguments[:3] or "--run" not in arguments:
+        return list(arguments), []
+    at = list(arguments).index("--run")
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def run_check(args: argparse.Namespace) -> int:

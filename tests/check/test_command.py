@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The command line of `vhost check`: exit codes, JSON, JUnit, selection."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+VHOST = (sys.executable, "-m", "vhost")
+
+
+def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*VHOST, "check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def rng(path: Path) -> tuple[str | Path, ...]:
+    return ("--run", *VHOST, "serve", "rng", "--socket-path", path)
+
+
+def test_list() -> None:
+    rules = json.loads(check("--list", "--json").stdout)
+    assert len(rules) > 250
+    assert {"id", "title", "section", "severity", "needs"} <= rules[0].keys()
+    lines = check("--list", "--only", "ring").stdout.splitlines()
+    assert len(lines) > 15
+    assert all(line.startswith("ring.") for line in lines)
+    front = check("--list", "--listen", "x").stdout
+    assert "order.stop" in front
+    assert "ring.num" not in front
+
+
+def test_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    done = check(path, "--only", "features", "--junit", tmp_path / "j.xml", *rng(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("9 rules: ")
+    suite = ElementTree.parse(tmp_path / "j.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("9", "0")
+    assert len(suite.findall("testcase")) == 9
+
+
+def test_a_failure_in_json_and_junit(tmp_path: Path) -> None:
+    """A disk that takes no writes to its capacity is asked whether it is a file system."""
+    path = tmp_path / "s"
+    options = ("--device", "fs", "--timeout", "0.5", "--only", "state.start", "--junit", tmp_path / "j.xml")
+    done = check(path, "--json", *options, *rng(path))
+    assert done.returncode == 1, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["verdict"] == "fail"
+    assert result["evidence"]
+    failure = ElementTree.parse(tmp_path / "j.xml").getroot().find(".//failure")
+    assert failure is not None
+    assert failure.get("type") == "must"
+    assert "SET_VRING_NUM" in (failure.text or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "a SOCKET is needed"),
+        (("s", "--only", "nothing.*"), "no rule matches nothing.*"),
+        (("s", "--device", "toaster"), "must be one of blk"),
+        (("--listen", "s", "--device", "toaster"), "must be one of blk"),
+    ],
+)
+def test_cannot_run(arguments: tuple[str, ...], complaint: str) -> None:
+    done = check(*arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    done = check(tmp_path / "none")
+    assert done.returncode == 2
+    assert "No such file" in done.stderr
+    done = check("--listen", tmp_path / "s", "--wait", "0.2")
+    assert done.returncode == 2
+    assert "no front-end" in done.stderr
+    done = check(tmp_path / "t", "--run", "false")
+    assert done.returncode == 2
+    assert "ended with 1" in done.stderr
+
+
+def test_a_command_keeps_its_own_dashes(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    wrapper = ("sh", "-c", 'shift; exec "$@"', "sh", "--", *VHOST, "serve", "rng", "--socket-path", path)
+    assert check(path, "--only", "features.get", "--run", *wrapper).returncode == 0
+
+
+def test_an_interrupted_reader(tmp_path: Path) -> None:
+    """`vhost check --list | head -1` is no error."""
+    command = f"{' '.join(VHOST)} check --list | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
