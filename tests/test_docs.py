@@ -8,6 +8,9 @@ import select
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import pytest
 import vhost
 from vhost.trace.recording import dump, header
 from vhost.trace.records import Happening, Record
+from vhost.user.backend import Backend
 from vhost.user.messages import FrontendMsg, frame
 from vhost.user.spec import Role
 
@@ -24,6 +28,25 @@ SIZE = 1 << 20
 
 def examples(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@contextmanager
+def stepped(*backends: Backend) -> Iterator[None]:
+    """Sessions in a thread, until they are over."""
+
+    def run() -> None:
+        with select.epoll() as poll:
+            for backend in backends:
+                poll.register(backend.fileno(), select.EPOLLIN)
+            while not all(backend.closed for backend in backends):
+                poll.poll(0.02)
+                for backend in backends:
+                    backend.step()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    thread.join(20)
 
 
 @pytest.fixture
@@ -76,8 +99,25 @@ def test_own_loop(image: Path) -> None:
     assert image.read_bytes()[1536:2048] == b"\xa5" * 512
 
 
+def test_state_of_a_device() -> None:
+    names: dict[str, type[vhost.Device]] = {}
+    exec("import vhost\n" + examples("docs/migration.md")[1], names)
+    source, target = names["Counter"](), names["Counter"]()
+    source.count = 42  # type: ignore[attr-defined]
+    (first, to_source), (second, to_target) = socket.socketpair(), socket.socketpair()
+    with (
+        stepped(Backend(source, to_source), Backend(target, to_target)),
+        vhost.Frontend(first) as a,
+        vhost.Frontend(second) as b,
+    ):
+        b.load_device_state(a.save_device_state())
+        with pytest.raises(vhost.errors.RequestFailed):
+            b.load_device_state(b"short")
+    assert target.count == 42  # type: ignore[attr-defined]
+
+
 def test_dirty_log(tmp_path: Path, image: Path) -> None:
-    (code,) = examples("docs/migration.md")
+    code = examples("docs/migration.md")[0]
     path = tmp_path / "s"
     with vhost.Server(vhost.devices.Blk(image), path) as server:
         command = [sys.executable, "-c", code, str(path)]

@@ -14,7 +14,12 @@ from vhost.user.frontend_postcopy import FAULT, PAGEFAULT
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NUMBERS = ["UFFD_API", "UFFD_FEATURE_MISSING_HUGETLBFS", "UFFD_FEATURE_MISSING_SHMEM", "UFFDIO_REGISTER_MODE_MISSING", "UFFD_EVENT_PAGEFAULT", "UFFD_PAGEFAULT_FLAG_WRITE", "_UFFDIO_REGISTER", "_UFFDIO_UNREGISTER", "_UFFDIO_WAKE", "_UFFDIO_COPY", "_UFFDIO_API", "UFFDIO", "UFFDIO_API", "UFFDIO_REGISTER", "UFFDIO_UNREGISTER", "UFFDIO_WAKE", "UFFDIO_COPY", "USERFAULTFD_IOC", "USERFAULTFD_IOC_NEW"]
+_NUMBERS = """
+    UFFD_API UFFD_FEATURE_MISSING_HUGETLBFS UFFD_FEATURE_MISSING_SHMEM UFFDIO_REGISTER_MODE_MISSING
+    UFFD_EVENT_PAGEFAULT UFFD_PAGEFAULT_FLAG_WRITE _UFFDIO_REGISTER _UFFDIO_UNREGISTER _UFFDIO_WAKE
+    _UFFDIO_COPY _UFFDIO_API UFFDIO UFFDIO_API UFFDIO_REGISTER UFFDIO_UNREGISTER UFFDIO_WAKE UFFDIO_COPY
+    USERFAULTFD_IOC USERFAULTFD_IOC_NEW
+"""
 STRUCTS = {
     "uffdio_api": "api features ioctls",
     "uffdio_range": "start len",
@@ -25,7 +30,7 @@ STRUCTS = {
 
 
 def facts(folder: Path, header: str, *options: str) -> dict[str, int]:
-    shown = {name: name for name in NUMBERS}
+    shown = {name: name for name in _NUMBERS.split()}
     for struct, fields in STRUCTS.items():
         shown[struct] = f"sizeof(struct {struct})"
         for field in fields.split():

@@ -66,6 +66,7 @@ cdef extern from "iotlb.h" nogil:
     void iotlb_clear(iotlb *)
     void iotlb_set_memory(iotlb *, guest_memory *)
     iotlb_miss iotlb_missing(iotlb *, uint64_t, uint64_t, uint32_t)
+    uint8_t *iotlb_at(iotlb *, uint64_t, uint32_t, uint64_t *)
     uint8_t *iotlb_area(iotlb *, uint64_t, uint64_t, uint32_t)
 
 

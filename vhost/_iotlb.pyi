@@ -32,4 +32,7 @@ class Iotlb:
     def missing(self, iova: int, size: int, access: int) -> tuple[int, int] | None:
         """The first IOVA that may not be accessed in this way, and what it lacks; None: nothing is missing."""
 
+    def allows(self, iova: int) -> int | None:
+        """What may be done at one IOVA; None: nothing is mapped there."""
+
     def __len__(self) -> int: ...

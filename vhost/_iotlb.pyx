@@ -2,13 +2,13 @@
 """The IOTLB of a device: the Python face of csrc/iotlb.c."""
 
 cimport cython
-from libc.errno cimport EFAULT, EINVAL
+from libc.errno cimport EFAULT
 from libc.stdint cimport uint32_t, uint64_t
 
 from vhost._core cimport (
     IOTLB_ACCESS_MASK,
     IOTLB_MAX_ENTRIES,
-    guest_memory_user_at,
+    iotlb_at,
     iotlb_clear,
     iotlb_destroy,
     iotlb_init,
@@ -62,6 +62,12 @@ cdef class Iotlb:
     def missing(self, uint64_t iova, uint64_t size, uint32_t access):
         cdef iotlb_miss miss = iotlb_missing(&self.c, iova, size, access)
         return (miss.iova, miss.access) if miss.access else None
+
+    def allows(self, uint64_t iova):
+        cdef uint64_t length = 1
+        if iotlb_at(&self.c, iova, 0, &length) == NULL:
+            return None
+        return IOTLB_ACCESS_MASK & ~iotlb_missing(&self.c, iova, 1, IOTLB_ACCESS_MASK).access
 
     def __len__(self):
         return self.c.nentries

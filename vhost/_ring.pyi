@@ -12,3 +12,6 @@ def ring_misses(
     iotlb: Iotlb, num: int, packed: bool, desc: int, avail: int, used: int
 ) -> list[tuple[int, int]]:
     """What the areas of a ring, given by IOVAs, lack: of each the first IOVA, and the access."""
+
+def signal_eventfd(fd: int) -> None:
+    """Write to an eventfd that a peer may share: one that is full, which is readable, is left as it is."""

@@ -167,6 +167,10 @@ cdef int signal(int fd) except -1:
     return 0
 
 
+def signal_eventfd(int fd):
+    signal(fd)
+
+
 cdef int tell(const virtqueue_call *call) except -1:
     cdef int rc
     with nogil:

@@ -69,6 +69,13 @@ def vhost_user_rng(path: Path, *, name: str = "rng") -> list[str]:
     ]
 
 
+def vhost_user_fs(path: Path, *, tag: str = "test", name: str = "fs") -> list[str]:
+    return [
+        *("-chardev", f"socket,id=c-{name},path={path}"),
+        *("-device", f"vhost-user-fs-pci,id={name},chardev=c-{name},tag={tag}"),
+    ]
+
+
 class Guest:
     """Booted when the constructor returns. Use it as a context manager: it is killed at the end.
     ``append``: for the kernel's command line. ``incoming``: a machine without a guest, until one migrates into it (guest/migration.py)."""
@@ -146,7 +153,7 @@ class Guest:
 
     def become(self, source: Guest) -> None:
         """The guest that ran in ``source`` is here now. No command of it may have been waited for."""
-        self._number = source._number
+        self._number = max(self._number, source._number)
 
     def log(self) -> str:
         return self._qemu.log()

@@ -98,7 +98,7 @@ CLOUD = Kernel(
     "",
     "linux-image-cloud-amd64",
     CACHE / "kernels" / "cloud",
-    ("virtio_pci", "virtio_blk", "virtio_rng"),
+    ("virtio_pci", "virtio_blk", "virtio_rng", "virtiofs"),
 )
 
 # Whose kernel and kernel headers are the newest that a Debian release offers.

@@ -52,9 +52,7 @@ class Table:
     def parametrize(self) -> pytest.MarkDecorator:
         """``exercise``: a test for each row."""
         rows = sorted(self._rows.items())
-        return pytest.mark.parametrize(
-            ("bit", "exercise"), rows, ids=[self.name(bit) for bit, _ in rows]
-        )
+        return pytest.mark.parametrize(("bit", "exercise"), rows, ids=[self.name(bit) for bit, _ in rows])
 
     def run(self, bit: int, exercise: Exercise, offered: int, peer: object) -> None:
         """Another version may offer less than the one that the table was written for."""

@@ -2,8 +2,8 @@
 """Each feature that DPDK's net_vhost offers, exercised by our front-end and network driver: testpmd sends
 every frame back that it gets, and each is compared.
 
-An offered bit that no row has fails ``test_each_bit_has_an_exercise``. Where a bit has no effect that could be
-seen, the row says why; that it can be acknowledged, and frames then pass, is tested for all.
+An offered bit that no row has fails ``test_each_bit_has_an_exercise``. Where a bit has no effect that could
+be seen, the row says why; that it can be acknowledged, and frames then pass, is tested for all.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class Peer:
             nic.send(last, pair=pair)
             came = nic.recv(0.2, pair=pair)
         while came != last:
-            assert (came := nic.recv(DEADLINE, pair=pair)) is not None
+            came = nic.recv(DEADLINE, pair=pair)
+            assert came is not None
 
     def frame(self, nic: drivers.Net, size: int = 60) -> bytes:
         self.serial += 1

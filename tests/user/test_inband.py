@@ -169,6 +169,30 @@ def test_kick_before_anything_is_known_of_the_ring(path: Path, no_leaks: None) -
             guest.wait_used(1)
 
 
+def test_kick_that_would_make_us_wait(path: Path, tmp_path: Path, no_leaks: None) -> None:
+    """The front-end's eventfd blocks, and is full."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    device = vhost.devices.Blk(tmp_path / "disk.raw")
+    with raw_on(path, device) as (raw, _guest, _channel):
+        kick = os.eventfd(0)
+        try:
+            assert raw.status(h.SET_VRING_KICK, h.u64(0), [kick]) == 0
+            for _ in range(3):
+                os.eventfd_write(kick, 0xFFFFFFFFFFFFFFFE - _count(kick))
+                assert raw.status(VRING_KICK, h.state(0, 0)) == 0
+        finally:
+            os.close(kick)
+    device.close()
+
+
+def _count(fd: int) -> int:
+    """What is in an eventfd."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("eventfd-count:"):
+            return int(line.split()[1], 16)
+    raise AssertionError("no eventfd")
+
+
 @pytest.mark.parametrize("lacks", [ProtocolF.REPLY_ACK, ProtocolF.BACKEND_REQ])
 @pytest.mark.parametrize("need_reply", [False, True])
 def test_not_without_its_companions(path: Path, lacks: ProtocolF, need_reply: bool, no_leaks: None) -> None:

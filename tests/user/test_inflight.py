@@ -154,7 +154,7 @@ def test_no_buffer_for_that(raw: RawFrontend, num_queues: int, queue_size: int) 
 
 def test_room_for_packed_rings_before_anybody_knows(device: Lazy, tmp_path: Path) -> None:
     with connection(tmp_path / "s") as raw:
-        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(raw.ask(h.GET_PROTOCOL_FEATURES).u64))
+        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES))
         buffer = get_buffer(raw, 1, 7)
         os.close(buffer.fd)
         assert buffer.size == inflight_size(1, 7, packed=True)
@@ -169,7 +169,7 @@ def test_not_offered(tmp_path: Path, no_leaks: None) -> None:
 
 def test_hand_over_needs_a_buffer(device: Lazy, tmp_path: Path) -> None:
     with connection(tmp_path / "s") as raw:
-        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64
+        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES
         assert offered & SHMFD
         assert offered & HAND_OVER
         raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~SHMFD))
@@ -369,7 +369,7 @@ def test_a_buffer_that_came_too_late(device: Lazy, tmp_path: Path) -> None:
 
 
 def hand_over(raw: RawFrontend, protocol_features: int) -> None:
-    offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64
+    offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES
     raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~HAND_OVER | protocol_features))
     assert raw.status(h.SET_FEATURES, h.u64(h.VERSION_1 | h.PROTOCOL_FEATURES)) == 0
 

@@ -36,7 +36,8 @@ def legacy_on(path: Path, features: int = 0) -> Iterator[RawFrontend]:
         h.served(vhost.devices.Rng(), path),
         contextlib.closing(RawFrontend(path)) as raw,
     ):
-        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(raw.ask(h.GET_PROTOCOL_FEATURES).u64))
+        offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64
+        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~h.GPA_ADDRESSES))
         assert raw.status(h.SET_OWNER) == 0
         assert raw.status(h.SET_FEATURES, h.u64(features | h.PROTOCOL_FEATURES)) == 0
         assert raw.share_memory() == 0

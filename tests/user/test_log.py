@@ -135,6 +135,7 @@ def test_from_start_to_stop(path: Path, no_leaks: None, logs: contextlib.ExitSta
 def test_only_logging_changes_on_the_fly(path: Path, no_leaks: None) -> None:
     with h.served(vhost.devices.Rng(), path), guest_on(path) as (raw, guest):
         raw.start()
+        done(raw, guest, 1)
         event_idx = 1 << 29
         assert raw.status(h.SET_FEATURES, h.u64(FEATURES | event_idx)) != 0
         assert raw.status(h.SET_FEATURES, h.u64(FEATURES | event_idx | LOG_ALL)) != 0

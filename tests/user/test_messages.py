@@ -112,7 +112,7 @@ def test_row_makes_sense(row: Spec) -> None:
         assert row.reply_fds.complaint(0, row.refusal) is None, "a refusal brings no descriptor"
     if row.policy is Policy.ALWAYS and row.reply_fds != Fds():
         assert row.refusal is not None
-    if row.live and row.feature is not None:
+    if row.feature is not None:
         assert row.feature_name.startswith(("VHOST_USER_", "VIRTIO_F_"))
 
 
@@ -311,7 +311,6 @@ def test_features_are_shown_by_name() -> None:
 def test_unknown_row_can_be_shown() -> None:
     row = unknown(99, Role.FRONTEND)
     assert row.name == "message 99"
-    assert not row.live
     assert str(Message(row, p.Opaque(b"abc"))) == "message 99 data=<3 bytes>"
 
 

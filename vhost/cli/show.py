@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vhost.cli.arguments import Commands
 
 IOCTL_COLUMNS = ("type", "nr", "name", "direction", "size", "devices", "feature", "doc")
-MESSAGE_COLUMNS = ("id", "name", "sender", "request", "reply", "fds", "feature", "live", "doc")
+MESSAGE_COLUMNS = ("id", "name", "sender", "request", "reply", "fds", "feature", "doc")
 """What fits a terminal; --json has all of a row."""
 
 

@@ -150,6 +150,7 @@ class Ring:
         if self.queue is not None:
             self.queue.close()
             self.queue = None
+            self.seen = False
 
     def renew(self, memory: GuestMemory, features: int) -> DeviceQueue:
         """Go on with a new queue where the old one stands, also if that is broken."""

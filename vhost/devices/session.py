@@ -361,7 +361,7 @@ class DeviceSession(ABC):
             yield
         finally:
             for ring in rings:
-                if ring.kick < 0:
+                if ring.kick < 0 or ring.seen:
                     self.start_if_ready(ring)
                 elif ring.can_start():
                     self._watch_kick(ring)

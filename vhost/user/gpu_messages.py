@@ -40,7 +40,6 @@ def _gpu(number: GpuMsg, doc: str, **columns: object) -> Spec:
         id=int(number),
         sender=Role.BACKEND,
         doc=doc,
-        live=True,
         **columns,  # type: ignore[arg-type]
     )
 

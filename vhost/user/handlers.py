@@ -86,7 +86,7 @@ class Handlers(DeviceSession):
 
     def served_requests(self) -> set[int]:
         """The rows that this device's sessions answer; others are refused."""
-        serves = {row.id for row in FRONTEND.values() if row.live}
+        serves = set(FRONTEND)
         return serves if self.device.device_id == DeviceId.NET else serves - set(NET_ONLY)
 
     # -- the session -------------------------------------------------------------------------------

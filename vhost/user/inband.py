@@ -14,6 +14,7 @@ import select
 import socket
 from dataclasses import dataclass
 
+from vhost._ring import signal_eventfd
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage
@@ -76,12 +77,12 @@ class InbandHandlers(Handlers):
             )
         if not ring.kick_known:
             self.give_event(ring, "kick", _eventfd)
-        if ring.by_device:
-            if ring.kick >= 0:  # else it polls
-                os.eventfd_write(ring.kick, 1)
-        else:
+        if ring.started and not ring.by_device:
             # Before the answer, for which a simulation waits.
             self._kicked(ring)
+        elif ring.kick >= 0:  # else it polls
+            # For a thread of the device; or for later, if not all is known of the ring.
+            signal_eventfd(ring.kick)
 
     # -- calls and errors --------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ The front-end may well ask us something while we wait for its answer: nothing he
 from __future__ import annotations
 
 import os
+import select
 import socket
 from functools import partial
 
@@ -48,6 +49,8 @@ class IotlbHandlers(Handlers):
     def __init__(self, device: Device, sock: socket.socket, *, without: int = 0) -> None:
         self._asked: dict[Miss, bool] = {}
         """What we asked for and was not mapped yet; True once the front-end said that it dealt with it."""
+        self._dealt_with: list[Miss] = []
+        """What it has just said so of."""
         self._stuck: dict[int, tuple[int, int]] = {}
         """By ring: where it stands, and how many misses it had there."""
         super().__init__(device, sock, without=without)
@@ -82,7 +85,9 @@ class IotlbHandlers(Handlers):
         if change.type == IotlbType.UPDATE:
             with self.held(look=True):
                 iotlb.update(change.iova, change.size, change.user_addr, change.perm)
-                self._fail_denied(change.iova, change.size)
+                self._asked = {
+                    miss: dealt_with for miss, dealt_with in self._asked.items() if self._lacks(miss)
+                }
                 self._translate_rings()
                 self._retry_rings()
             self._start_rings()
@@ -98,32 +103,57 @@ class IotlbHandlers(Handlers):
         self._ask_for_misses()
         return U64(0)
 
+    def _lacks(self, miss: Miss) -> bool:
+        assert self.iotlb is not None
+        return self.iotlb.missing(miss[0], 1, miss[1]) is not None
+
     def _translate_rings(self) -> None:
         for ring in self.rings:
             if ring.queue is not None:
                 ring.queue.translate()
 
     def _retry_rings(self) -> None:
-        # Not after an invalidation: an engine has told us of a miss, and is not told to look again.
+        # Only those that can go on, and not after an invalidation: an engine has told us of what it misses,
+        # and would have to be told to look again.
         for ring in self.rings:
-            if ring.queue is not None:
+            if ring.queue is not None and ring.queue.miss is not None and not self._lacks(ring.queue.miss):
                 ring.queue.retry()
 
-    def _fail_denied(self, iova: int, size: int) -> None:
-        """Of what was asked for and is answered now, find that which may not be accessed as it has to be."""
-        assert self.iotlb is not None
-        for miss in [key for key in self._asked if iova <= key[0] < iova + size]:
-            del self._asked[miss]
-            if self.iotlb.missing(miss[0], 1, miss[1]) is None:
+    def step(self) -> bool:
+        going_on = super().step()
+        if self._dealt_with and going_on and not self._has_more_to_read():
+            self._settle()
+        return going_on
+
+    def _has_more_to_read(self) -> bool:
+        """A mapping that was sent before we were told that it was may be on its way still: the two sockets
+        have no order."""
+        return self.session.in_message or bool(select.select([self.transport], [], [], 0)[0])
+
+    def _settle(self) -> None:
+        """The front-end has done what it will about these."""
+        misses, self._dealt_with = self._dealt_with, []
+        for miss in misses:
+            if self.iotlb is None or miss not in self._asked:
                 continue
-            why = f"IOTLB: {_words(miss)}: not allowed"
-            rings = [ring for ring in self.rings if miss in self._misses(ring)]
-            if rings:
-                self._tell(IotlbType.ACCESS_FAIL, miss)
-            for ring in rings:
-                if ring.queue is not None:
-                    ring.queue.deny(why)
-                self._ring_broken(ring, f"{ring.name}[{ring.index}]: {why}")
+            if self.iotlb.allows(miss[0]) is None:
+                self._asked[miss] = True
+            else:
+                del self._asked[miss]
+                self._fail(miss)
+
+    def _fail(self, miss: Miss) -> None:
+        """It is mapped, but not to be accessed in the way that it has to be."""
+        why = f"IOTLB: {_words(miss)}: not allowed"
+        rings = [ring for ring in self.rings if miss in self._misses(ring)]
+        if rings:
+            self._tell(IotlbType.ACCESS_FAIL, miss)
+            with self.held(look=True):
+                for ring in rings:
+                    if ring.queue is not None:
+                        ring.queue.deny(why)
+        for ring in rings:
+            self._ring_broken(ring, f"{ring.name}[{ring.index}]: {why}")
 
     # -- what rings lack ---------------------------------------------------------------------------
 
@@ -167,17 +197,19 @@ class IotlbHandlers(Handlers):
         then = None
         if kind is IotlbType.MISS:
             self._asked[miss] = False
-            then = partial(self._dealt_with, miss)
+            then = partial(self._answered, miss)
         payload = IotlbPayload(iova=miss[0], size=0, user_addr=0, perm=miss[1], type=int(kind))
         self.channel.request(BackendMsg.BACKEND_IOTLB_MSG, payload, then=then)
 
-    def _dealt_with(self, miss: Miss, answer: Message | None) -> None:
+    def _answered(self, miss: Miss, answer: Message | None) -> None:
         """It has mapped that, or will not. If it is not mapped, a kick is a reason to ask once more."""
         if answer is None or miss not in self._asked:
             return
-        self._asked[miss] = True
         if answer.status:
+            self._asked[miss] = True
             self._complain("IOTLB miss", f"{_words(miss)}: the front-end says {answer.status:#x}")
+        else:
+            self._dealt_with.append(miss)
 
     def _forget_unanswered(self) -> None:
         self._asked = {miss: dealt_with for miss, dealt_with in self._asked.items() if not dealt_with}

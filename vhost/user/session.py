@@ -79,9 +79,7 @@ class Session:
         # The GPU protocol knows neither versions nor acks.
         self._version = 0 if channel is Channel.GPU else VERSION
         self._acks = 0 if channel is Channel.GPU else _REPLY_ACK
-        self.serves: frozenset[int] = frozenset(
-            serves if serves is not None else (row.id for row in self.table.values() if row.live)
-        )
+        self.serves: frozenset[int] = frozenset(self.table if serves is None else serves)
         """The requests that this side answers; the others are refused as UnsupportedRequest."""
         self.trace = trace
         self.features = 0

@@ -140,8 +140,6 @@ class Spec:
     gate: Gate = Gate.NEGOTIATED
     per_ring: str | None = None
     """The payload's field that holds the ring index."""
-    live: bool = False
-    """Served by this version. What is not is never offered, and refused when it comes anyway."""
     section: str = "Front-end message types"
     postcopy_ack: bool = False
     """After POSTCOPY_LISTEN a u64 in place of the payload, 0, acknowledges the replies before; it has
@@ -252,7 +250,6 @@ class Spec:
             "reply_fds": str(self.reply_fds),
             "feature": self.feature_name,
             "per_ring": self.per_ring is not None,
-            "live": self.live,
             "handler": self.handler,
             "section": self.section,
             "doc": self.doc,
