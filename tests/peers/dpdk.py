@@ -78,12 +78,19 @@ class Testpmd:
 
     @classmethod
     def backend(
-        cls, path: Path, *, queues: int = 1, client: bool = False, cpu: int = 0, vdev: str = ""
+        cls,
+        path: Path,
+        *,
+        queues: int = 1,
+        client: bool = False,
+        cpu: int = 0,
+        vdev: str = "",
+        options: tuple[str, ...] = (),
     ) -> Self:
         """net_vhost: a server on ``path``, or a client that keeps trying. ``vdev`` adds to its arguments,
-        such as "iommu-support=1"."""
+        such as "iommu-support=1"; ``options`` are testpmd's own."""
         device = f"net_vhost0,iface={path},queues={queues},client={int(client)}"
-        return cls(_join(device, vdev), cpu=cpu, queues=queues)._started(wait=True)
+        return cls(_join(device, vdev), cpu=cpu, queues=queues, options=options)._started(wait=True)
 
     @classmethod
     def frontend(

@@ -8,13 +8,15 @@ be seen, the row says why; that it can be acknowledged, and frames then pass, is
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
 import select
 import struct
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from vhost import Frontend, drivers
 from vhost.dirty_log import DirtyLog
 from vhost.drivers.base import RING_FEATURES, Driver
 from vhost.features import NetF, ProtocolF, Status, VhostF, VirtioF, bits
+from vhost.user.frontend_base import WANTED
 from vhost.virtio_net import NetGso, NetHdrF, NetHeader
 
 pytestmark = pytest.mark.peer
@@ -37,6 +40,8 @@ FEATURES = Table(NetF, VirtioF, VhostF)
 PROTOCOL = Table(ProtocolF)
 OFFLOADS = "tso=1,legacy-ol-flags=1"
 """What makes testpmd offer segmentation, and leave to us what was left to it."""
+IOMMU, POSTCOPY = "iommu-support=1", "postcopy-support=1"
+"""What makes it offer these."""
 THEIRS, OURS = bytes.fromhex("020000000002"), bytes.fromhex("020000000001")
 
 
@@ -131,8 +136,8 @@ class Peer:
             self.wait_ready(nic, pair)
         return nic
 
-    def plain(self, *features: int, **options: Any) -> Plain:
-        return self.session.enter_context(Plain(self.connect(), union(features), **options))
+    def plain(self, *features: int, frontend: Frontend | None = None) -> Plain:
+        return self.session.enter_context(Plain(frontend or self.connect(), union(features)))
 
     def wait_ready(self, nic: drivers.Net, pair: int) -> None:
         """Until a frame comes back, and what was sent before it, too; what is sent early may be lost."""
@@ -170,9 +175,14 @@ def union(features: Sequence[int]) -> int:
     return mask
 
 
+Peers = Callable[[str], Peer]
+"""Of some options, each started once."""
+
+
 def start(stack: ExitStack, path: Path, vdev: str = "") -> Peer:
     require("dpdk")
-    back = stack.enter_context(Testpmd.backend(path, queues=2, vdev=vdev))
+    # It would have all memory that it is given brought in at once.
+    back = stack.enter_context(Testpmd.backend(path, queues=2, vdev=vdev, options=("--no-mlockall",)))
     back.command("set fwd io")
     back.command("start")
     peer = Peer(back, path)
@@ -181,9 +191,14 @@ def start(stack: ExitStack, path: Path, vdev: str = "") -> Peer:
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peers]:
     with ExitStack() as stack:
-        yield start(stack, tmp_path_factory.mktemp("dpdk") / "s", OFFLOADS)
+        yield functools.cache(lambda vdev: start(stack, tmp_path_factory.mktemp("dpdk") / "s", vdev))
+
+
+@pytest.fixture
+def peer(peers: Peers) -> Peer:
+    return peers(OFFLOADS)
 
 
 # -- frames ------------------------------------------------------------------------------------------
@@ -491,14 +506,62 @@ def mtu(peer: Peer) -> None:
 
 @PROTOCOL.of(ProtocolF.BACKEND_REQ)
 def backend_requests(peer: Peer) -> None:
-    """Without a virtual IOMMU it has nothing to request (with one: test_dpdk_iommu.py). It takes the channel,
-    and does without."""
+    """Without a virtual IOMMU it has nothing to request. It takes the channel, and does without."""
     frontend = peer.connect()
     assert frontend.channel is not None
     peer.check(peer.net(frontend=frontend))
     frontend = peer.connect(protocol_features=~int(ProtocolF.BACKEND_REQ))
     assert frontend.channel is None
     peer.check(peer.net(frontend=frontend))
+
+
+@FEATURES.of(VirtioF.ACCESS_PLATFORM)
+def iommu(peer: Peer) -> None:
+    """What is said of rings and buffers has to be looked up; page by page: test_dpdk_iommu.py."""
+    for ring in (VirtioF(0), VirtioF.RING_PACKED):
+        frontend = peer.connect()
+        frontend.behind_iommu = True
+        nic = peer.net(VirtioF.ACCESS_PLATFORM, ring, frontend=frontend)
+        peer.check(nic)
+        missed: list[str] = []
+        assert frontend.channel is not None
+        frontend.channel.session.trace = lambda way, message, seen=missed: seen.append(message.name)
+        frontend.iotlb_invalidate(nic.region.guest_addr, nic.region.size)
+        nic.send(peer.frame(nic))  # which may be dropped
+        wait_until(lambda seen=missed, ops=frontend: ops.step() and "BACKEND_IOTLB_MSG" in seen)
+        peer.wait_ready(nic, 0)
+        peer.check(nic)
+
+
+@PROTOCOL.of(ProtocolF.PAGEFAULT)
+def postcopy(peer: Peer) -> None:
+    """Pages that nobody touched yet come when it needs them. Memory has to be told with a table."""
+    frontend = peer.connect(protocol_features=int(WANTED | ProtocolF.PAGEFAULT))
+    pages = frontend.postcopy_advise()
+    frontend.postcopy_listen()
+    placed: list[int] = []
+    ends = threading.Event()
+
+    def serve() -> None:
+        while not ends.is_set():
+            select.select([pages], [], [], 0.01)
+            for missing in pages.faults():
+                if pages.place(missing.region, missing.offset, bytes(4096)):
+                    placed.append(missing.offset)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        nic = peer.plain(frontend=frontend)
+        frame = THEIRS + OURS + b"\x88\xb5" + bytes(46)
+        nic.exchange(frame, count=8)
+    finally:
+        ends.set()
+        server.join()
+    first = nic.data_addr - nic.region.guest_addr
+    assert set(placed) == {first + 4096 * i for i in range(1, 9)}
+    frontend.postcopy_end()
+    nic.exchange(frame)
 
 
 @PROTOCOL.of(ProtocolF.CRYPTO_SESSION, ProtocolF.HOST_NOTIFIER, ProtocolF.BACKEND_SEND_FD)
@@ -515,22 +578,22 @@ def of_the_library_alone(peer: Peer) -> None:
 # -- the tables --------------------------------------------------------------------------------------
 
 
-def test_each_bit_has_an_exercise(peer: Peer, tmp_path: Path) -> None:
-    """As testpmd is started here, and as it is by default."""
-    with ExitStack() as stack:
-        for one in (peer, start(stack, tmp_path / "s")):
-            frontend = one.connect()
-            assert FEATURES.missing(frontend.offered_features) == []
-            assert PROTOCOL.missing(frontend.offered_protocol_features) == []
+@pytest.mark.parametrize("vdev", ["", OFFLOADS, IOMMU, POSTCOPY])
+def test_each_bit_has_an_exercise(peers: Peers, vdev: str) -> None:
+    frontend = peers(vdev).connect()
+    assert FEATURES.missing(frontend.offered_features) == []
+    assert PROTOCOL.missing(frontend.offered_protocol_features) == []
 
 
 @FEATURES.parametrize()
-def test_feature(peer: Peer, bit: int, exercise: Exercise) -> None:
+def test_feature(peers: Peers, bit: int, exercise: Exercise) -> None:
+    peer = peers(IOMMU if exercise is iommu else OFFLOADS)
     FEATURES.run(bit, exercise, peer.connect().offered_features, peer)
 
 
 @PROTOCOL.parametrize()
-def test_protocol_feature(peer: Peer, bit: int, exercise: Exercise) -> None:
+def test_protocol_feature(peers: Peers, bit: int, exercise: Exercise) -> None:
+    peer = peers(POSTCOPY if exercise is postcopy else OFFLOADS)
     PROTOCOL.run(bit, exercise, peer.connect().offered_protocol_features, peer)
 
 

@@ -417,9 +417,9 @@ def descriptors_of_its_own(peer: Peer) -> None:
 
 @PROTOCOL.of(ProtocolF.PAGEFAULT)
 def postcopy(peer: Peer) -> None:
-    """It waits for a page that is not there yet, and goes on when it is. Where that page is, it does not tell:
-    the answer to SET_MEM_TABLE has our addresses instead of its own, other than the specification has it
-    ("Migration"), and with memory slots it takes no acknowledgement. So all pages come when it waits."""
+    """It waits for a page that is not there yet, and goes on when it is. Where that page is, it does not
+    tell: the answer to SET_MEM_TABLE has our addresses instead of its own, other than the specification has
+    it ("Migration"), and with memory slots it takes no acknowledgement. So all pages come when it waits."""
     wanted = int(WANTED | ProtocolF.PAGEFAULT) & ~int(ProtocolF.CONFIGURE_MEM_SLOTS)
     frontend = peer.connect(protocol_features=wanted)
     pages = frontend.postcopy_advise()
