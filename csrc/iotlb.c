@@ -124,10 +124,10 @@ void iotlb_destroy(struct iotlb *tlb)
 /* The entry that holds the IOVA, or the first one behind it, or nentries. */
 static uint32_t find(struct iotlb *tlb, uint64_t iova)
 {
-	uint32_t lo = 0, hi = tlb->nentries;
+	uint32_t lo = 0, hi = tlb->nentries, last = READ_ONCE(tlb->last);
 
-	if (tlb->last < hi && iova - tlb->entries[tlb->last].iova < tlb->entries[tlb->last].size)
-		return tlb->last;
+	if (last < hi && iova - tlb->entries[last].iova < tlb->entries[last].size)
+		return last;
 	while (lo < hi) {
 		uint32_t mid = lo + (hi - lo) / 2;
 
@@ -137,7 +137,7 @@ static uint32_t find(struct iotlb *tlb, uint64_t iova)
 			hi = mid;
 	}
 	if (lo < tlb->nentries)
-		tlb->last = lo;
+		WRITE_ONCE(tlb->last, lo);
 	return lo;
 }
 

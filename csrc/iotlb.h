@@ -8,7 +8,7 @@
  * so translates with and without an IOMMU in the same way. What may only be read, or only be written, is
  * found behind it.
  *
- * Nothing here is thread safe: who changes an IOTLB sees to it that no ring uses it meanwhile.
+ * Any number of threads may look something up; who changes an IOTLB sees to it that no ring uses it meanwhile.
  */
 #ifndef VHOST_IOTLB_H
 #define VHOST_IOTLB_H
@@ -41,7 +41,7 @@ struct iotlb {
 	struct iotlb_entry *entries; /* sorted by IOVA; neighbours that are one mapping are one entry */
 	struct iotlb_entry *spare;   /* what the next change is written to */
 	uint32_t nentries;
-	uint32_t last; /* where the last look-up ended */
+	uint32_t last; /* where a look-up ended lately: a guess, of all threads */
 	uint32_t hand; /* where the next eviction begins */
 };
 

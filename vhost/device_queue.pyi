@@ -182,9 +182,9 @@ class DeviceQueue:
         """
 
     def translate(self) -> list[tuple[int, int]]:
-        """With an IOTLB that changed: find the ring anew. Returns what the ring itself lacks, IOVAs and access;
-        while that is something the queue looks empty, touches nothing of the ring, and keeps what is pushed
-        for later. Nothing else may use the queue meanwhile."""
+        """With an IOTLB that changed: find the ring anew. Returns what the ring itself lacks, IOVAs and
+        access; while that is something the queue looks empty, touches nothing of the ring, and keeps what
+        is pushed for later. Nothing else may use the queue meanwhile."""
 
     def retry(self) -> None:
         """What the next chain misses may be mapped now: look again. Until then the queue looks empty."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """What the IOTLBs of all transports speak of: misses, updates, invalidations.
 
-The numbers are those of the kernel's vhost (struct vhost_iotlb_msg), which vhost-user took over. Knows nothing
-of how a message travels.
+The numbers are those of the kernel's vhost (struct vhost_iotlb_msg), which vhost-user took over. Knows
+nothing of how a message travels.
 """
 
 from __future__ import annotations

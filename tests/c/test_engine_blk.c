@@ -19,6 +19,7 @@
 
 #include "check.h"
 #include "engine_blk.h"
+#include "iotlb.h"
 
 #ifdef __SANITIZE_THREAD__
 #define REQUESTS 1500u
@@ -54,6 +55,8 @@ struct lane { /* a ring, its driver and what it needs */
 
 struct world {
 	struct guest_memory mem;
+	struct iotlb tlb; /* of guest addresses, if `iommu` */
+	bool iommu;
 	uint8_t *host;
 	size_t size;
 	struct blk_disk disk;
@@ -64,17 +67,20 @@ struct world {
 #define AREA 8192u
 #define LANE (3 * AREA + ((DEPTH * SLOT + 4095u) & ~4095u))
 
-static void world_init(struct world *w, bool packed, bool event_idx, unsigned workers)
+static void world_init_behind(struct world *w, bool iommu, bool packed, bool event_idx, unsigned workers)
 {
 	struct guest_region region;
 	uint32_t bad;
 
 	memset(w, 0, sizeof(*w));
+	w->iommu = iommu;
 	w->size = QUEUES * LANE;
 	w->host = mmap(NULL, w->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(w->host != MAP_FAILED);
 	region = (struct guest_region){ GUEST, GUEST, w->size, w->host };
 	CHECK_EQ(guest_memory_init(&w->mem, &region, 1, &bad), 0);
+	if (iommu)
+		CHECK_EQ(iotlb_init(&w->tlb, &w->mem), 0);
 	w->disk.fd = memfd_create("disk", MFD_CLOEXEC);
 	CHECK(w->disk.fd >= 0);
 	w->disk.capacity = QUEUES * DEPTH * BLOCK / 512;
@@ -87,7 +93,9 @@ static void world_init(struct world *w, bool packed, bool event_idx, unsigned wo
 		uint32_t base = packed ? 0x80008000 : 0;
 		struct driver_config driver = { .areas = areas, .num = NUM, .base = base,
 						.packed = packed, .event_idx = event_idx };
-		struct virtqueue_config device = { .areas = areas, .mem = &w->mem, .num = NUM,
+		struct virtqueue_config device = { .areas = areas,
+						   .mem = iommu ? &w->tlb.view : &w->mem,
+						   .iotlb = iommu ? &w->tlb : NULL, .num = NUM,
 						   .base = base, .packed = packed,
 						   .indirect = true, .event_idx = event_idx };
 
@@ -104,6 +112,11 @@ static void world_init(struct world *w, bool packed, bool event_idx, unsigned wo
 	}
 }
 
+static void world_init(struct world *w, bool packed, bool event_idx, unsigned workers)
+{
+	world_init_behind(w, false, packed, event_idx, workers);
+}
+
 static void world_destroy(struct world *w)
 {
 	for (unsigned i = 0; i < QUEUES; i++) {
@@ -115,6 +128,8 @@ static void world_destroy(struct world *w)
 		close(l->call);
 	}
 	blk_engine_destroy(&w->engine);
+	if (w->iommu)
+		iotlb_destroy(&w->tlb);
 	guest_memory_destroy(&w->mem);
 	close(w->disk.fd);
 	munmap(w->host, w->size);
@@ -443,9 +458,98 @@ static void test_broken(void)
 	world_destroy(&w);
 }
 
+/* ------------------------------------------------------------------ behind an IOMMU */
+
+#define PAGE 512u /* smaller than a block, so that a request misses several times */
+
+static void hold(struct world *w)
+{
+	for (unsigned i = 0; i < QUEUES; i++)
+		blk_engine_hold(&w->lanes[i].bq);
+}
+
+static void release(struct world *w, bool look)
+{
+	for (unsigned i = 0; i < QUEUES; i++)
+		blk_engine_release(&w->lanes[i].bq, look);
+}
+
+static bool map_what_is_missed(struct world *w)
+{
+	bool any = false;
+
+	for (unsigned i = 0; i < QUEUES; i++) {
+		struct virtqueue *vq = &w->lanes[i].vq;
+		uint64_t page;
+
+		if (LOAD_ACQUIRE(vq->report.fault) != VQ_MISS)
+			continue;
+		page = vq->report.value & ~(uint64_t)(PAGE - 1);
+		hold(w);
+		CHECK_EQ(iotlb_update(&w->tlb, page, PAGE, page, IOTLB_READ | IOTLB_WRITE), 0);
+		virtqueue_retry(vq);
+		release(w, true);
+		any = true;
+	}
+	return any;
+}
+
+struct drivers {
+	struct world *w;
+	unsigned running;
+};
+
+static void *wait_for_drivers(void *arg)
+{
+	struct drivers *d = arg;
+
+	join_drivers(d->w, QUEUES);
+	__atomic_store_n(&d->running, 0, __ATOMIC_RELEASE);
+	ring(blk_engine_notice(&d->w->engine));
+	return NULL;
+}
+
+/* Pages come when they are missed, and go at any time: nobody waits in vain. */
+static void test_misses(void)
+{
+	struct world w;
+
+	FOR_EACH_SETUP(s) {
+		struct drivers d = { &w, 1 };
+		uint64_t state = 1234567, count;
+		pthread_t waiter;
+		unsigned mapped = 0;
+
+		world_init_behind(&w, true, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		for (unsigned i = 0; i < QUEUES; i++)
+			attach(&w, i);
+		start_drivers(&w, QUEUES);
+		CHECK_EQ(pthread_create(&waiter, NULL, wait_for_drivers, &d), 0);
+		while (__atomic_load_n(&d.running, __ATOMIC_ACQUIRE)) {
+			struct pollfd p = { .fd = blk_engine_notice(&w.engine), .events = POLLIN };
+
+			CHECK_EQ(poll(&p, 1, LONG_WAIT_MS), 1);
+			CHECK(read(p.fd, &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);
+			while (map_what_is_missed(&w))
+				mapped++;
+			if (!rnd(&state, 4)) {
+				hold(&w);
+				iotlb_invalidate(&w.tlb, GUEST + rnd(&state, w.size / PAGE) * PAGE, PAGE * 16);
+				release(&w, false);
+			}
+		}
+		pthread_join(waiter, NULL);
+		CHECK(mapped > QUEUES);
+		for (unsigned i = 0; i < QUEUES; i++)
+			detach(&w, i);
+		world_destroy(&w);
+	}
+}
+
 int main(void)
 {
 	RUN(test_several_queues);
+	RUN(test_misses);
 	RUN(test_spinning_and_sleeping);
 	RUN(test_taken_away_under_load);
 	RUN(test_attached_at_once);

@@ -78,7 +78,8 @@ def vhost_user_fs(path: Path, *, tag: str = "test", name: str = "fs") -> list[st
 
 class Guest:
     """Booted when the constructor returns. Use it as a context manager: it is killed at the end.
-    ``append``: for the kernel's command line. ``incoming``: a machine without a guest, until one migrates into it (guest/migration.py)."""
+    ``append``: for the kernel's command line. ``incoming``: a machine without a guest, until one migrates
+    into it (guest/migration.py)."""
 
     def __init__(
         self,

@@ -111,16 +111,38 @@ def test_dpdk_vhost(tmp_path: Path) -> None:
     compare(results, "DPDK 22.11's vhost library")
 
 
-@pytest.mark.parametrize("device", ["blk", "rng"])
-def test_ours(tmp_path: Path, disk: Path, device: str) -> None:
+def test_vhost_user_gpu(tmp_path: Path) -> None:
+    require("vhost-user-gpu")
     path = tmp_path / "s"
-    command = [*SERVE, device, "--socket-path", path]
-    if device == "blk":
-        command += ["--blk-file", disk, "--num-queues", "2"]
-    compare(
-        verdicts(path, "--write", "--device", device, "--run", *command), f"pyvhost: `vhost serve {device}`"
-    )
+    (libraries,) = catalogue.VHOST_USER_GPU.glob("usr/lib/*-linux-gnu")
+    command = [catalogue.VHOST_USER_GPU / "usr/lib/qemu/vhost-user-gpu", f"--socket-path={path}"]
+    results = verdicts(path, "--device", "gpu", "--run", *command, env={"LD_LIBRARY_PATH": str(libraries)})
+    compare(results, "vhost-user-gpu")
+
+
+def test_our_disk(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    command = [*SERVE, "blk", "--socket-path", path, "--blk-file", disk, "--num-queues", "2"]
+    compare(verdicts(path, "--write", "--run", *command), "pyvhost: `vhost serve blk`")
     assert disk.read_bytes() == bytes(SIZE), "the disk is not as it was"
+
+
+def test_our_disk_in_python(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "s"
+    code = (
+        "import sys, vhost\n"
+        "make = lambda: vhost.devices.Blk(sys.argv[2], handler='python', num_queues=2)\n"
+        "vhost.serve(make, sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, path, disk]
+    compare(verdicts(path, "--write", "--run", *command), "pyvhost: `vhost serve blk`")
+    assert disk.read_bytes() == bytes(SIZE), "the disk is not as it was"
+
+
+def test_our_rng(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [*SERVE, "rng", "--socket-path", path]
+    compare(verdicts(path, "--device", "rng", "--run", *command), "pyvhost: `vhost serve rng`")
 
 
 # -- front-ends ------------------------------------------------------------------------------------

@@ -124,9 +124,7 @@ def test_reset(setup: Setup, iocheck: Path) -> None:
 def test_two_queues(boot: Boot, tmp_path: Path, iocheck: Path, packed: bool) -> None:
     """Misses of one ring while the other is served, and invalidations under both."""
     with guest_with_disk(boot, tmp_path, "c", packed=packed, strict=packed, queues=2) as setup:
-        jobs = [
-            setup.guest.start(f"iocheck write /dev/vda {n} {n * 4 * MIB} {4 * MIB}") for n in range(4)
-        ]
+        jobs = [setup.guest.start(f"iocheck write /dev/vda {n} {n * 4 * MIB} {4 * MIB}") for n in range(4)]
         for job in jobs:
             job.wait()
         for n in range(4):

@@ -58,9 +58,11 @@ def rng(tmp_path: Path) -> Iterator[Path]:
     command = [*VHOST, "serve", "rng", "--socket-path", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        assert "serving" in server.stderr.readline()
-        yield path
-        server.terminate()
+        try:
+            assert "serving" in server.stderr.readline()
+            yield path
+        finally:
+            server.terminate()
 
 
 def use(path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""A front-end that is an IOMMU, by hand: it maps nothing that it is not told to, and shows what it is asked."""
+"""A front-end that is an IOMMU, by hand: it maps what it is told to, and shows what it is asked."""
 
 from __future__ import annotations
 

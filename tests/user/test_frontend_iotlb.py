@@ -42,9 +42,7 @@ class Asking(RawBackend):
 
     def ask(self, iova: int, access: int = 3, kind: int = MISS) -> None:
         body = BODY.pack(iova, 0, 0, access, kind)
-        self.channel.sendall(
-            h.HEADER.pack(BACKEND_IOTLB_MSG, h.VERSION | h.NEED_REPLY, len(body)) + body
-        )
+        self.channel.sendall(h.HEADER.pack(BACKEND_IOTLB_MSG, h.VERSION | h.NEED_REPLY, len(body)) + body)
 
     def answer(self) -> int:
         data = b""
@@ -234,8 +232,8 @@ class ByPage(vhost.Frontend):
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("gpa", [False, True], ids=["user addresses", "guest addresses"])
 def test_page_by_page(disk: Path, packed: bool, gpa: bool) -> None:
-    """Rings are missed while they are set up, in the middle of SET_VRING_KICK; buffers when they are used; and
-    all of it again after it was taken away, under requests that the device has."""
+    """Rings are missed while they are set up, in the middle of SET_VRING_KICK; buffers when they are used;
+    and all of it again after it was taken away, under requests that the device has."""
     wanted = int(WANTED) & ~(0 if gpa else int(ProtocolF.GPA_ADDRESSES))
     with ByPage.connect(disk, protocol_features=wanted) as frontend:
         frontend.missed = []

@@ -84,9 +84,13 @@ def _scsi_judge(came: list[bytes], used: int) -> str:
     return "" if used >= 12 and response in (0, 3) else f"response {response}, used length {used}"
 
 
+# RESOURCE_UNREF of a resource that does not exist. What shows a display waits for GPU_SET_SOCKET first.
+_GPU_UNREF = struct.pack("<I20xII", 0x0102, 0x7FFF_FFFF, 0)
+
+
 def _gpu_judge(came: list[bytes], used: int) -> str:
     (kind,) = struct.unpack_from("<I", came[0])
-    return "" if kind == 0x1101 else f"response type {kind:#x}, must be RESP_OK_DISPLAY_INFO (0x1101)"
+    return "" if kind == 0x1203 else f"response type {kind:#x}, must be ERR_INVALID_RESOURCE_ID (0x1203)"
 
 
 WORK: dict[str, Work] = {
@@ -103,7 +107,7 @@ WORK: dict[str, Work] = {
         rings=2,
     ),
     "scsi": Work("TEST UNIT READY", 2, (_TEST_UNIT_READY,), (108,), _scsi_judge, rings=3),
-    "gpu": Work("GET_DISPLAY_INFO", 0, (struct.pack("<I20x", 0x100),), (408,), _gpu_judge, rings=2),
+    "gpu": Work("RESOURCE_UNREF", 0, (_GPU_UNREF,), (24,), _gpu_judge, rings=2),
 }
 """By kind of device, as ``--device`` names it."""
 

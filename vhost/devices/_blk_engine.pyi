@@ -43,8 +43,8 @@ class Engine:
     def __init__(self, workers: int, name: str) -> None: ...
     @property
     def notice(self) -> int:
-        """An eventfd that is signalled when a queue, or memory below one, broke, or misses a mapping. Nobody reads it: watch
-        it edge-triggered."""
+        """An eventfd that is signalled when a queue, or memory below one, broke, or misses a
+        mapping. Nobody reads it: watch it edge-triggered."""
 
     def attach(self, queue: DeviceQueue, disk: Disk, worker: int, writethrough: bool) -> None:
         """Hand the queue, with the descriptors that it has now, to a worker. Until ``detach`` nothing

@@ -452,8 +452,8 @@ class DeviceSession(ABC):
 
     @contextlib.contextmanager
     def held(self, *, look: bool) -> Iterator[None]:
-        """As ``paused`` for all rings, for a change of what they translate with and of nothing else. ``look``:
-        there may be work afterwards that no kick tells of."""
+        """As ``paused`` for all rings, for a change of what they translate with and of nothing else.
+        ``look``: there may be work afterwards that no kick tells of."""
         with contextlib.ExitStack() as resume:
             for ring in self.rings:
                 if ring.queue is None:

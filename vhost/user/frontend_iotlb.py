@@ -31,10 +31,10 @@ class FrontendIotlb(FrontendBase):
     all that descriptors say are IOVAs."""
 
     on_iotlb_miss: Callable[[IotlbMessage], None] | None = None
-    """Called for each miss, in the middle of whatever runs. It answers with ``iotlb_update``, now or later: the
-    ring waits until then, and somebody has to call ``step()`` when ``fileno()`` is readable. VhostError tells
-    the back-end that there is no such mapping. None: all of the memory table is mapped at its guest addresses,
-    without waiting for misses."""
+    """Called for each miss, in the middle of whatever runs. It answers with ``iotlb_update``, now or later:
+    the ring waits until then, and somebody has to call ``step()`` when ``fileno()`` is readable. VhostError
+    tells the back-end that there is no such mapping. None: all of the memory table is mapped at its guest
+    addresses, without waiting for misses."""
     on_iotlb_access_fail: Callable[[IotlbMessage], None] | None = None
     """The back-end may not access what it has to in this way, and gave the ring up. Called when no request
     waits."""
@@ -49,8 +49,8 @@ class FrontendIotlb(FrontendBase):
         return bool(self.session.features & _ACCESS_PLATFORM)
 
     def iotlb_update(self, iova: int, size: int, user_addr: int, access: Access = Access.RW) -> None:
-        """Map ``size`` bytes at ``iova`` to a user address of the memory table. RequestFailed: they are not in
-        the back-end's memory."""
+        """Map ``size`` bytes at ``iova`` to a user address of the memory table. RequestFailed: they are
+        not in the back-end's memory."""
         if self._has(ProtocolF.GPA_ADDRESSES):
             user_addr = self._guest_memory.user_to_guest(user_addr)
         self._send_iotlb(IotlbType.UPDATE, iova, size, user_addr, access)
@@ -88,7 +88,7 @@ class FrontendIotlb(FrontendBase):
                 self._tell("access fail", lambda: callback(fail))
         else:
             raise InvalidMessage(
-                f"type {asked.type}, must be {IotlbType.MISS} (miss) or {IotlbType.ACCESS_FAIL} (access fail)",
+                f"type {asked.type}: {IotlbType.MISS} is a miss, {IotlbType.ACCESS_FAIL} an access failure",
                 request=message.name,
             )
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """The IOTLB, as a back-end has it (vhost-user, "IOMMU support").
 
-Knows what the front-end mapped, what is asked for and what became of it. With VIRTIO_F_ACCESS_PLATFORM, rings
-and buffers are named by IOVAs: a ring starts once all of it is mapped, and a ring that misses a mapping waits,
-which it does by itself (csrc/virtqueue.h, VQ_MISS). Here is who asks, and who lets it go on.
+Knows what the front-end mapped, what is asked for and what became of it. With VIRTIO_F_ACCESS_PLATFORM,
+rings and buffers are named by IOVAs: a ring starts once all of it is mapped, and one that misses a mapping
+waits, which it does by itself (csrc/virtqueue.h, VQ_MISS). Here is who asks, and who lets it go on.
 
 Each change is made while no ring is used, so when the front-end has our answer to an invalidation, nobody
 uses what it took away. (But for chains that a device of its own threads has out: what those threads do
@@ -97,7 +97,7 @@ class IotlbHandlers(Handlers):
                 self._translate_rings()
         else:
             raise InvalidMessage(
-                f"type {change.type}, must be {IotlbType.UPDATE} (update) or {IotlbType.INVALIDATE} (invalidate)",
+                f"type {change.type}, must be {IotlbType.UPDATE} (update) or {IotlbType.INVALIDATE}",
                 request=message.name,
             )
         self._ask_for_misses()
@@ -140,9 +140,9 @@ class IotlbHandlers(Handlers):
                 self._asked[miss] = True
             else:
                 del self._asked[miss]
-                self._fail(miss)
+                self._deny(miss)
 
-    def _fail(self, miss: Miss) -> None:
+    def _deny(self, miss: Miss) -> None:
         """It is mapped, but not to be accessed in the way that it has to be."""
         why = f"IOTLB: {_words(miss)}: not allowed"
         rings = [ring for ring in self.rings if miss in self._misses(ring)]

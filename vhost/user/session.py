@@ -235,7 +235,7 @@ class Session:
                 raise InvalidMessage(f"reply to {spec.name}, expected one to {expected.name}")
             limit = spec.max_size(True, xen=self._xen) if own_reply else U64.MAX_SIZE
         else:
-            if flags & REPLY_FLAG:
+            if flags & REPLY_FLAG and self._version:
                 raise InvalidMessage(f"header flags {flags:#x}: REPLY on a request", request=spec.name)
             own_reply = spec.replies(self.protocol_features, self.postcopy, size)
             limit = spec.max_size(False, xen=self._xen) if known else Opaque.MAX_SIZE

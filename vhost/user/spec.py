@@ -43,7 +43,7 @@ class Role(Enum):
 class Channel(Enum):
     """The connection itself, the one that SET_BACKEND_REQ_FD passes for requests the other way, or the one
     that GPU_SET_SOCKET passes, which speaks the vhost-user-gpu protocol: the same frames, but no version
-    in the flags and no need_reply."""
+    in the flags and no need_reply, and in requests nothing that means anything."""
 
     MAIN = "main"
     BACKEND_REQ = "back-end requests"
