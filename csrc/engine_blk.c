@@ -516,7 +516,9 @@ int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q
 	q->vq = cfg->vq;
 	q->disk = cfg->disk;
 	q->writethrough = cfg->writethrough;
-	q->armed = true; /* as virtqueue_init leaves it, or as nobody is hurt by */
+	/* Whoever had it before may have been taken off it at work, with notifications off: a queue that
+	 * is empty at the first look would then never be kicked for. */
+	q->armed = false;
 	rc = open_fds(q, cfg);
 	if (rc)
 		return rc;

@@ -19,6 +19,7 @@ import pytest
 import fds
 from devices.disks import HANDLERS, Ring, pattern, ring, serving, wait_for
 from devices.load import Load
+from rig import Rig
 from vhost.devices._blk_engine import MAX_RANGES
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
@@ -550,3 +551,22 @@ def test_without_kicks(image: Path, tmp_path: Path, handler: str, packed: bool, 
             load.fill()
             load.reap(wait=True)
         load.check(image)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_engine_asks_for_kicks_of_a_queue_that_was_at_work(packed: bool) -> None:
+    """Whoever served it was taken off in the middle, with notifications off, and the ring is empty now."""
+    rig = Rig(packed=packed)
+    device, queue = Blk(null_size=SIZE), rig.device()
+    flags = rig.memory.view(rig.areas.used + 2 * packed, 2)
+    queue.disable_notification()
+    assert flags[0] == 1
+    assert device.start_queue(queue)
+    try:
+        deadline = time.monotonic() + 20
+        while flags[0]:
+            assert time.monotonic() < deadline, "nobody would ever kick"
+            time.sleep(0.001)
+    finally:
+        device.stop_queue(queue)
+        device.close()
