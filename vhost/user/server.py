@@ -35,8 +35,8 @@ class Server:
     ``client``: connect to a front-end that listens on ``path``, and again ``reconnect`` seconds after
     a session ended or could not begin. ``max_connections``: more than that many wait to be accepted.
     ``without``: protocol features, a mask of ProtocolF, that its sessions do not offer;
-    ``without_features``: feature bits, such as ACCESS_PLATFORM for a front-end that passes on what it does not
-    know.
+    ``without_features``: feature bits, such as ACCESS_PLATFORM for a front-end that passes on what it does
+    not know.
     """
 
     def __init__(
