@@ -517,8 +517,8 @@ def backend_requests(peer: Peer) -> None:
 
 @FEATURES.of(VirtioF.ACCESS_PLATFORM)
 def iommu(peer: Peer) -> None:
-    """What is said of rings and buffers has to be looked up; page by page: test_dpdk_iommu.py. (When a ring is
-    unmapped under it, 22.11 now and then stops and misses nothing, so that is not done.)"""
+    """What is said of rings and buffers has to be looked up; page by page: test_dpdk_iommu.py. (When a ring
+    is unmapped under it, 22.11 now and then stops and misses nothing, so that is not done.)"""
     for ring in (VirtioF(0), VirtioF.RING_PACKED):
         frontend = peer.connect()
         frontend.behind_iommu = True

@@ -10,6 +10,7 @@ was said of it can be said anew. Knows no transport and no event loop; owns the 
 from __future__ import annotations
 
 import os
+import select
 from typing import NamedTuple
 
 from vhost._iotlb import Iotlb
@@ -85,7 +86,14 @@ class Ring:
     def untouched(self) -> bool:
         """It is started, but where it was when it started. For a ring that is paused."""
         queue = self.queue
-        return queue is not None and not queue.broken and not queue.in_flight and queue.base == self._began
+        if queue is None or queue.broken or queue.in_flight or queue.base != self._began:
+            return False
+        # A packed ring is back at its beginning after two laps, but then it was kicked, and nobody reads that.
+        if self.kick < 0:
+            return not self.enabled
+        kicked = select.poll()  # of any number, which select() cannot
+        kicked.register(self.kick, select.POLLIN)
+        return not kicked.poll(0)
 
     def must_be_stopped(self, what: str) -> None:
         if self.started:
