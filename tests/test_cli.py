@@ -227,6 +227,10 @@ def test_without_a_protocol_feature(tmp_path: Path) -> None:
     with serving("rng", "--socket-path", path, "--without", "reset-device,mq"):
         offered = set(json.loads(run("probe", path, "--json").stdout)["protocol_feature_names"])
     assert {"REPLY_ACK", "STATUS"} <= offered
+    with serving("rng", "--socket-path", path, "--without", "ring-packed,access-platform"):
+        features = set(json.loads(run("probe", path, "--json").stdout)["feature_names"])
+    assert "RING_INDIRECT_DESC" in features
+    assert not {"RING_PACKED", "ACCESS_PLATFORM"} & features
     assert not {"RESET_DEVICE", "MQ"} & offered
     assert "reply-ack" in run("serve", "rng", "--socket-path", path, "--without", "magic", code=2).stderr
 

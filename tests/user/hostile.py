@@ -202,10 +202,16 @@ def served(
     max_connections: int = 64,
     reconnect: float = 0.5,
     without: int = 0,
+    without_features: int = 0,
 ) -> Iterator[vhost.Server]:
     """A server in a thread, which nothing that a peer does may end."""
     with vhost.Server(
-        device, path, max_connections=max_connections, reconnect=reconnect, without=without
+        device,
+        path,
+        max_connections=max_connections,
+        reconnect=reconnect,
+        without=without,
+        without_features=without_features,
     ) as server:
         stop = os.eventfd(0)
         failed: list[BaseException] = []

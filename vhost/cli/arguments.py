@@ -8,9 +8,9 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from vhost.features import ProtocolF
+from vhost.features import ProtocolF, VirtioF
 
 if TYPE_CHECKING:
     # The type of what add_subparsers returns has no public name.
@@ -30,16 +30,28 @@ def size(text: str) -> int:
     return value
 
 
-def protocol_features(text: str) -> int:
-    """A mask of vhost-user protocol features, from names with commas between them."""
-    mask = 0
+class Masks(NamedTuple):
+    """Feature bits of either word."""
+
+    protocol: int = 0
+    virtio: int = 0
+
+
+def features(text: str) -> Masks:
+    """vhost-user protocol features, and virtio's that no device type has for itself, by their names with
+    commas between them."""
+    protocol = virtio = 0
     for name in text.split(","):
-        feature = ProtocolF.__members__.get(name.strip().upper().replace("-", "_"))
-        if feature is None:
-            known = ", ".join(member.lower().replace("_", "-") for member in ProtocolF.__members__)
-            raise argparse.ArgumentTypeError(f"{name!r} is no protocol feature; they are {known}")
-        mask |= feature
-    return int(mask)
+        key = name.strip().upper().replace("-", "_")
+        if key in ProtocolF.__members__:
+            protocol |= int(ProtocolF[key])
+        elif key in VirtioF.__members__:
+            virtio |= int(VirtioF[key])
+        else:
+            names = [*ProtocolF.__members__, *VirtioF.__members__]
+            known = ", ".join(member.lower().replace("_", "-") for member in names)
+            raise argparse.ArgumentTypeError(f"{name!r} is no feature; they are {known}")
+    return Masks(protocol, virtio)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from vhost.cli.arguments import protocol_features, size, wakeup_on
+from vhost.cli.arguments import Masks, features, size, wakeup_on
 
 if TYPE_CHECKING:
     from vhost.cli.arguments import Commands
@@ -44,10 +44,10 @@ def add_commands(commands: Commands) -> None:
         where.add_argument("--vduse", metavar="NAME", help="serve this kernel, as the VDUSE device NAME")
         device.add_argument(
             "--without",
-            type=protocol_features,
-            default=0,
+            type=features,
+            default=Masks(),
             metavar="FEATURE,...",
-            help="vhost-user protocol features not to offer, e.g. inflight-shmfd,mq",
+            help="features not to offer over vhost-user, e.g. inflight-shmfd,access-platform",
         )
         device.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
     blk.add_argument("--blk-file", metavar="PATH", help="file or block device to serve")
@@ -120,7 +120,13 @@ def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> in
 
     with (
         wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup,
-        Server(factory, args.socket_path, fd=args.fd, without=args.without) as server,
+        Server(
+            factory,
+            args.socket_path,
+            fd=args.fd,
+            without=args.without.protocol,
+            without_features=args.without.virtio,
+        ) as server,
     ):
         where = args.socket_path or f"fd {args.fd}"
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)

@@ -88,7 +88,7 @@ class Ring:
         queue = self.queue
         if queue is None or queue.broken or queue.in_flight or queue.base != self._began:
             return False
-        # A packed ring is back at its beginning after two laps, but it was kicked, and nobody reads that.
+        # A packed ring is back at its beginning after two laps, but it was kicked then; nobody reads that.
         if self.kick < 0:
             return not self.enabled
         kicked = select.poll()  # of any number, which select() cannot

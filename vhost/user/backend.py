@@ -46,9 +46,12 @@ class Backend(
     LegacyHandlers,
 ):
     """A session on a connected socket, which it owns from here on. ``without``: protocol features (a mask
-    of ProtocolF) that it does not offer."""
+    of ProtocolF) that it does not offer; ``without_features``: feature bits."""
 
-    def __init__(self, device: Device, sock: socket.socket, *, without: int = 0) -> None:
+    def __init__(
+        self, device: Device, sock: socket.socket, *, without: int = 0, without_features: int = 0
+    ) -> None:
+        self.without_features = int(without_features)
         super().__init__(device, sock, without=without)
         self._writes = False
         self._channel_writes = False
@@ -58,6 +61,9 @@ class Backend(
             self._close_events()
             raise
         device.attach(self)
+
+    def offered_features(self) -> int:
+        return super().offered_features() & ~self.without_features
 
     # -- messages ----------------------------------------------------------------------------------
 

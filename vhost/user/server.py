@@ -34,7 +34,9 @@ class Server:
 
     ``client``: connect to a front-end that listens on ``path``, and again ``reconnect`` seconds after
     a session ended or could not begin. ``max_connections``: more than that many wait to be accepted.
-    ``without``: protocol features, a mask of ProtocolF, that its sessions do not offer.
+    ``without``: protocol features, a mask of ProtocolF, that its sessions do not offer;
+    ``without_features``: feature bits, such as ACCESS_PLATFORM for a front-end that passes on what it does
+    not know.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Server:
         max_connections: int = 64,
         reconnect: float = 0.5,
         without: int = 0,
+        without_features: int = 0,
     ) -> None:
         if (path is None) == (fd is None):
             raise ValueError("one of path and fd is needed")
@@ -58,6 +61,7 @@ class Server:
         self.max_connections = max_connections
         self.reconnect = reconnect
         self.without = int(without)
+        self.without_features = int(without_features)
         self.backends: dict[int, Backend] = {}
         """The sessions, by the descriptor that each is polled by."""
         self.closed = False
@@ -154,7 +158,9 @@ class Server:
         device: Device | None = None
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
-            backend = Backend(device, sock, without=self.without)
+            backend = Backend(
+                device, sock, without=self.without, without_features=self.without_features
+            )
         except BaseException:
             sock.close()
             if device is not None:
