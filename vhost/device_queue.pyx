@@ -491,7 +491,10 @@ cdef class DeviceQueue:
 
     def translate(self):
         cdef virtqueue_areas areas
-        cdef list missing = missing_areas(self.iotlb, self.vq.num, self.vq.is_packed, self.addrs)
+        cdef list missing
+        if self.iotlb is None:
+            raise InvalidQueue(f"{self.name}: has no IOTLB")
+        missing = missing_areas(self.iotlb, self.vq.num, self.vq.is_packed, self.addrs)
         if missing:
             virtqueue_unmap(&self.vq, missing[0][0], missing[0][1])
             return missing

@@ -388,3 +388,101 @@ def test_a_front_end_that_goes_while_it_is_asked(path: Path, no_leaks: None) -> 
             iommu.ask(h.GET_FEATURES)
             assert iommu.update(DATA) == 0
             iommu.wait_used(1)
+
+
+# -- what a hostile front-end does to the session ------------------------------------------------------
+
+
+def idle_ring(iommu: Iommu, base: int) -> None:
+    """Started, for nobody is to kick, and untouched, for it is disabled."""
+    assert iommu.status(h.SET_VRING_NUM, h.state(0, h.NUM)) == 0
+    assert iommu.status(h.SET_VRING_BASE, h.state(0, 0)) == 0
+    assert iommu.status(h.SET_VRING_ADDR, h.address(0, base, base + PAGE, base + 2 * PAGE)) == 0
+    assert iommu.status(h.SET_VRING_KICK, h.u64(h.NOFD)) == 0
+
+
+def test_the_feature_comes_to_a_ring_that_did_nothing(iommu: Iommu) -> None:
+    """It goes by IOVAs from then on, and so it is not mapped."""
+    iommu.negotiate(0)
+    assert iommu.share_memory() == 0
+    idle_ring(iommu, h.USER)
+    features = h.VERSION_1 | h.PROTOCOL_FEATURES | ACCESS_PLATFORM
+    assert iommu.status(h.SET_FEATURES, h.u64(features)) == 0
+    assert iommu.asked() == (MISS, h.USER, RO)
+    assert iommu.update(h.USER, h.SIZE, user=h.USER) == 0
+    assert iommu.invalidate() == 0
+
+
+def test_the_feature_leaves_a_ring_that_did_nothing(path: Path, no_leaks: None) -> None:
+    """Its areas are no user addresses; that it cannot start is told, and it keeps no IOTLB."""
+    with h.served(Filler(), path) as server, iommu_of(path) as iommu:
+        iommu.negotiate()
+        assert iommu.share_memory() == 0
+        assert iommu.update(IOVA, h.SIZE) == 0
+        idle_ring(iommu, IOVA)
+        (backend,) = server.backends.values()
+        assert backend.rings[0].queue is not None
+        assert iommu.status(h.SET_FEATURES, h.u64(h.VERSION_1 | h.PROTOCOL_FEATURES)) != 0
+        assert backend.iotlb is None
+        assert backend.rings[0].queue is None
+        assert iommu.update(IOVA) != 0
+
+
+def test_an_error_eventfd_that_is_full(iommu: Iommu) -> None:
+    """And blocking: whoever writes to it waits for the front-end, which reads when it likes."""
+    iommu.negotiate()
+    assert iommu.share_memory() == 0
+    full = os.eventfd(0)
+    os.eventfd_write(full, 2**64 - 2)
+    try:
+        assert iommu.status(h.SET_VRING_NUM, h.state(0, h.NUM)) == 0
+        assert iommu.status(h.SET_VRING_ADDR, h.address(0, IOVA + 8, AVAIL, USED)) == 0
+        assert iommu.status(h.SET_VRING_ERR, h.u64(0), [full]) == 0
+        assert iommu.status(h.SET_VRING_KICK, h.u64(0), [iommu.kick]) == 0
+        assert iommu.update(IOVA, h.SIZE) == 0
+        assert iommu.ask(h.GET_FEATURES).u64 & ACCESS_PLATFORM
+    finally:
+        os.close(full)
+
+
+class Failing(Filler):
+    """Has a bug that shows when it is told to."""
+
+    fails = False
+
+    def fill(self, queue: vhost.DeviceQueue) -> None:
+        if self.fails:
+            raise RuntimeError("a bug of the device")
+        super().fill(queue)
+
+
+def test_a_device_that_fails_when_a_miss_is_denied(
+    path: Path, no_leaks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rings that go on after it are served. Only their session ends."""
+    device = Failing()
+    with h.served(lambda: device, path), iommu_of(path) as iommu:
+        iommu.negotiate()
+        assert iommu.share_memory() == 0
+        assert iommu.update(IOVA, 3 * PAGE) == 0
+        idle = DATA + 4 * PAGE
+        assert iommu.update(idle, 3 * PAGE) == 0
+        assert iommu.status(h.SET_VRING_NUM, h.state(1, h.NUM)) == 0
+        assert iommu.status(h.SET_VRING_ADDR, h.address(1, idle, idle + PAGE, idle + 2 * PAGE)) == 0
+        kick = os.eventfd(0)
+        assert iommu.status(h.SET_VRING_CALL, h.u64(1), [iommu.call]) == 0
+        assert iommu.status(h.SET_VRING_KICK, h.u64(1), [kick]) == 0
+        assert iommu.status(h.SET_VRING_ENABLE, h.state(1, 1)) == 0
+        os.close(kick)
+        iommu.start_ring()
+        iommu.offer(DATA)
+        asked = iommu.asked()
+        assert asked == (MISS, DATA, WO)
+        assert iommu.update(asked.iova & -PAGE, access=RO) == 0
+        device.fails = True
+        iommu.answer()
+        assert iommu.ended()
+        device.fails = False
+        with contextlib.closing(h.RawFrontend(path)) as other:
+            assert other.ask(h.GET_FEATURES).u64 & ACCESS_PLATFORM
+    caplog.clear()  # the records have the frames

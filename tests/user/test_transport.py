@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import resource
 import select
@@ -33,7 +34,8 @@ from vhost.user import payloads as p
 from vhost.user.messages import FRONTEND, FrontendMsg, frame
 from vhost.user.session import Session
 from vhost.user.spec import Message, Outgoing, Role
-from vhost.user.transport import MAX_PENDING, Transport
+from vhost.user.state_channel import adopt
+from vhost.user.transport import MAX_PENDING, Transport, readable, socket_of
 
 F = FrontendMsg
 ENABLE = frame(F.SET_VRING_ENABLE, p.VringState(0, 1).pack(), need_reply=True)
@@ -523,3 +525,43 @@ def test_a_thousand_connections_leave_nothing(no_leaks: None) -> None:
                     message.close()
             except ProtocolError as error:
                 assert isinstance(error, (Disconnected, PartialMessage))
+
+
+# -- descriptors of a peer -----------------------------------------------------------------------------
+
+
+def test_descriptors_with_high_numbers_are_looked_at() -> None:
+    """select() is for those below 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    ours, theirs = socket.socketpair()
+    high = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 1500)
+    try:
+        with ours, theirs:
+            assert not readable(high)
+            ours.send(b"x")
+            assert readable(high)
+    finally:
+        os.close(high)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_is_no_socket_is_closed() -> None:
+    for fd in (os.open("/dev/null", os.O_RDWR), os.eventfd(0)):
+        with pytest.raises(IncorrectFds, match="SET_BACKEND_REQ_FD: the descriptor is no socket"):
+            socket_of(fd, request="SET_BACKEND_REQ_FD")
+        assert not is_open(fd)
+
+
+def test_a_socket_that_has_no_name() -> None:
+    """Python asks for it, and gives up."""
+    try:
+        strange = socket.socket(44, socket.SOCK_RAW)  # AF_XDP
+    except OSError as error:
+        pytest.skip(f"AF_XDP sockets need privileges: {error.strerror}")
+    with strange:
+        before = holdings.open_fds()
+        with pytest.raises(IncorrectFds, match="no socket that can be used"):
+            socket_of(os.dup(strange.fileno()))
+        assert adopt(strange.fileno(), writes=True) is None
+        assert holdings.open_fds().keys() == before.keys()

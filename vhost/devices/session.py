@@ -122,6 +122,9 @@ class DeviceSession(ABC):
     def _let_go(self) -> None:
         """The session is over, its rings are stopped: close what the transport has."""
 
+    def _end_step(self) -> None:  # noqa: B027 (most sessions have nothing to do there)
+        """What happened was dealt with: do what has to wait for that."""
+
     def _memory_lost(self) -> None:
         """A file behind the memory was truncated."""
         raise InvalidGuestMemory("the front-end truncated the file behind its memory")
@@ -171,6 +174,8 @@ class DeviceSession(ABC):
                             self._serve(ring)
                 else:
                     self._happened(fd, events)
+            if not self.closed:
+                self._end_step()
         except Disconnected as gone:
             # The protocol's session remembers it: without the frames, which would keep this one alive.
             gone.__traceback__ = None
@@ -247,7 +252,12 @@ class DeviceSession(ABC):
             raise InvalidMessage(f"features {foreign:#x} ({names}) were not offered", request=what)
         if (features ^ self.features) & ~self.live_features:
             with self._told_anew(f"{what} with other features", *self.rings):
-                self.features = features
+                self._use_features(features)
+        else:
+            self._use_features(features)
+
+    def _use_features(self, features: int) -> None:
+        """They count from now on, with all that follows from them; rings that they matter to are stopped."""
         self.features = features
 
     def _status_resets(self) -> bool:

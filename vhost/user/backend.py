@@ -75,11 +75,10 @@ class Backend(
         else:
             super()._happened(fd, events)
 
-    def step(self) -> bool:
-        going_on = super().step()
-        if going_on and self.channel is not None:
+    def _end_step(self) -> None:
+        super()._end_step()
+        if self.channel is not None:
             self._look_after_channel(self.channel)
-        return going_on
 
     def _talk(self, events: int) -> None:
         if events & select.EPOLLOUT:

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import select
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from vhost.user._userfault import PageFaults, place, wake
 from vhost.user.frontend_base import FrontendBase
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import U64, MemoryRegion, MemTable, SingleRegion
+from vhost.user.transport import readable
 
 log = logging.getLogger("vhost.frontend")
 
@@ -62,8 +62,12 @@ class PageServer:
 
     def __init__(self, theirs: int) -> None:
         """The back-end's userfaultfd is this object's from now on."""
+        try:
+            self._ours = PageFaults()
+        except BaseException:
+            os.close(theirs)
+            raise
         self._theirs = theirs
-        self._ours = PageFaults()
         self._known: tuple[_Known, ...] = ()
 
     def fileno(self) -> int:
@@ -72,7 +76,7 @@ class PageServer:
 
     def faults(self) -> list[Missing]:
         """The pages that the back-end waits for, and did not a call ago; does not wait."""
-        if not select.select([self._theirs], [], [], 0)[0]:
+        if not readable(self._theirs):
             return []
         try:
             data = os.read(self._theirs, FAULT.size * FAULTS_PER_READ)

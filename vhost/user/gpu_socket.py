@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import select
 import socket
-import stat
 
 from vhost.devices.base import Device, Stepped
 from vhost.errors import IncorrectFds, InvalidState
@@ -17,6 +15,7 @@ from vhost.features import DeviceId
 from vhost.user.handlers import Handlers
 from vhost.user.messages import FrontendMsg
 from vhost.user.session import Message
+from vhost.user.transport import socket_of
 
 log = logging.getLogger("vhost.backend")
 
@@ -34,12 +33,10 @@ class GpuSocketHandlers(Handlers):
         return serves if self.device.device_id == DeviceId.GPU else serves - {FrontendMsg.GPU_SET_SOCKET}
 
     def gpu_set_socket(self, message: Message) -> None:
-        if not stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
-            raise IncorrectFds("the descriptor is no socket", request=message.name)
         if self._gpu is not None:
             raise InvalidState("the session has a GPU socket already", request=message.name)
         self.must_be_ours(message.name)
-        sock = socket.socket(fileno=message.take_fd())
+        sock = socket_of(message.take_fds()[0], request=message.name)
         try:
             self._gpu = self.device.set_gpu_socket(sock)
         except ValueError as error:  # of some other kind than a Unix stream
@@ -52,14 +49,13 @@ class GpuSocketHandlers(Handlers):
             self._gpu_events = select.EPOLLIN
             self._epoll.register(self._gpu.fileno(), self._gpu_events)
 
-    def step(self) -> bool:
-        going_on = super().step()
-        if going_on and self._gpu is not None:
+    def _end_step(self) -> None:
+        super()._end_step()
+        if self._gpu is not None:
             events = select.EPOLLIN | (select.EPOLLOUT if self._gpu.pending else 0)
             if events != self._gpu_events:
                 self._gpu_events = events
                 self._epoll.modify(self._gpu.fileno(), events)
-        return going_on
 
     def _happened(self, fd: int, events: int) -> None:
         if self._gpu is None or fd != self._gpu.fileno():

@@ -10,9 +10,7 @@ on top of this one.
 
 from __future__ import annotations
 
-import os
 import socket
-import stat
 from abc import abstractmethod
 from typing import Any
 
@@ -35,7 +33,7 @@ from vhost.user.payloads import (
     XenMemoryRegion,
 )
 from vhost.user.session import Channel, Message, Role, Session
-from vhost.user.transport import Transport
+from vhost.user.transport import Transport, socket_of
 
 NET_ONLY = {FrontendMsg.NET_SET_MTU: ProtocolF.MTU, FrontendMsg.SEND_RARP: ProtocolF.RARP}
 CONFIG_LIVE_MIGRATION = 1
@@ -112,13 +110,16 @@ class Handlers(DeviceSession):
     def set_features(self, message: Message) -> None:
         features = message.payload.value
         self.acknowledge(features, message.name)
-        self.session.features = features
-        if self.channel is not None:
-            self.channel.session.features = features
         if not features & _PROTOCOL_FEATURES:
             # Nobody will enable them one by one (vhost-user, "Ring states").
             for ring in self.rings:
                 self.enable_ring(ring, True)
+
+    def _use_features(self, features: int) -> None:
+        super()._use_features(features)
+        self.session.features = features
+        if self.channel is not None:
+            self.channel.session.features = features
 
     def get_protocol_features(self, message: Message) -> U64:
         return U64(self.offered_protocol_features() & ~self.without)
@@ -150,10 +151,8 @@ class Handlers(DeviceSession):
         return U64(len(self.rings))
 
     def set_backend_req_fd(self, message: Message) -> None:
-        (fd,) = message.fds
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise IncorrectFds("the descriptor is no socket", request=message.name)
-        sock = socket.socket(fileno=message.take_fd())
+        (fd,) = message.take_fds()
+        sock = socket_of(fd, request=message.name)
         session = Session(Role.BACKEND, Channel.BACKEND_REQ)
         session.protocol_features = self.session.protocol_features
         session.features = self.session.features

@@ -14,13 +14,11 @@ The front-end may well ask us something while we wait for its answer: nothing he
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 from functools import partial
 
 from vhost._iotlb import MAX_ENTRIES, Iotlb
-from vhost._ring import ring_misses
+from vhost._ring import ring_misses, signal_eventfd
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage, InvalidState, VhostError
@@ -32,6 +30,7 @@ from vhost.user.messages import BackendMsg
 from vhost.user.payloads import U64
 from vhost.user.payloads import Iotlb as IotlbPayload
 from vhost.user.session import Message
+from vhost.user.transport import readable
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _ACCESS_PLATFORM = int(VirtioF.ACCESS_PLATFORM)
@@ -67,8 +66,8 @@ class IotlbHandlers(Handlers):
     def offered_protocol_features(self) -> int:
         return super().offered_protocol_features() | _GPA_ADDRESSES
 
-    def acknowledge(self, features: int, what: str) -> None:
-        super().acknowledge(features, what)
+    def _use_features(self, features: int) -> None:
+        super()._use_features(features)
         if not features & _ACCESS_PLATFORM:
             self.iotlb = None
             self._asked.clear()
@@ -119,16 +118,12 @@ class IotlbHandlers(Handlers):
             if ring.queue is not None and ring.queue.miss is not None and not self._lacks(ring.queue.miss):
                 ring.queue.retry()
 
-    def step(self) -> bool:
-        going_on = super().step()
-        if self._dealt_with and going_on and not self._has_more_to_read():
+    def _end_step(self) -> None:
+        super()._end_step()
+        # A mapping that was sent before we were told that it was may be on its way still: the two sockets
+        # have no order.
+        if self._dealt_with and not self.session.in_message and not readable(self.transport.fileno()):
             self._settle()
-        return going_on
-
-    def _has_more_to_read(self) -> bool:
-        """A mapping that was sent before we were told that it was may be on its way still: the two sockets
-        have no order."""
-        return self.session.in_message or bool(select.select([self.transport], [], [], 0)[0])
 
     def _settle(self) -> None:
         """The front-end has done what it will about these."""
@@ -230,7 +225,7 @@ class IotlbHandlers(Handlers):
                 # Not the fault of who maps it.
                 self._ring_broken(ring, str(error))
                 if ring.err >= 0:
-                    os.eventfd_write(ring.err, 1)
+                    signal_eventfd(ring.err)
 
     def _kicked(self, ring: Ring) -> None:
         self._forget_unanswered()

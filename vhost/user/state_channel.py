@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 from vhost.errors import IncorrectFds, ProtocolError
+from vhost.user.transport import socket_of
 
 CHUNK = 1 << 16
 CHUNKS_PER_STEP = 16
@@ -113,7 +114,10 @@ def adopt(fd: int, *, writes: bool) -> StateChannel | None:
     for the other direction; None if there is no way to use it without ever waiting."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISSOCK(mode):
-        sock = socket.socket(fileno=os.dup(fd))
+        try:
+            sock = socket_of(os.dup(fd))
+        except IncorrectFds:
+            return None
         if sock.type == socket.SOCK_STREAM:
             return SocketChannel(sock)
         sock.close()

@@ -12,12 +12,13 @@ import contextlib
 import os
 import select
 import socket
+import stat
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vhost.errors import Disconnected, ProtocolError, ReplyTimeout, RequestFailed
+from vhost.errors import Disconnected, IncorrectFds, ProtocolError, ReplyTimeout, RequestFailed
 from vhost.user.session import Session
 from vhost.user.spec import MAX_FDS, Message, Outgoing, close_fds
 
@@ -234,6 +235,26 @@ class Transport:
             self._poll.register(fd, select.POLLIN)
         elif self._meanwhile.pop(fd, None) is not None:
             self._poll.unregister(fd)
+
+
+def readable(fd: int) -> bool:
+    """Is there something to read now? (select() cannot be asked of a descriptor of 1024 or more.)"""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def socket_of(fd: int, *, request: str | None = None) -> socket.socket:
+    """A socket on a descriptor that a peer gave us, and that is closed if it is none."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise IncorrectFds("the descriptor is no socket", request=request)
+        return socket.socket(fileno=fd)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):  # not each kind of socket has a name, which Python asks for
+            raise IncorrectFds(f"no socket that can be used: {_reason(error)}", request=request) from error
+        raise
 
 
 def _reason(error: OSError) -> str:
