@@ -72,6 +72,19 @@ bool inflight_unpop(struct virtqueue *vq, uint16_t id)
 	return false;
 }
 
+int inflight_known(struct virtqueue *vq, uint16_t version, uint16_t desc_num)
+{
+	uint32_t wanted = vq->inflight->desc_num;
+
+	if (version != INFLIGHT_VERSION)
+		vq_fault(vq, VQ_INFLIGHT_VERSION, 0, version, INFLIGHT_VERSION + 1);
+	else if (desc_num != wanted)
+		vq_fault(vq, VQ_INFLIGHT_SIZE, 0, desc_num, wanted);
+	else
+		return 0;
+	return -EBADMSG;
+}
+
 void inflight_add_old(struct inflight *in, uint16_t at, uint64_t counter)
 {
 	in->old[in->old_num++] = (struct inflight_old){ counter, at };

@@ -143,7 +143,9 @@ void inflight_popped_again(struct virtqueue *vq, uint16_t id);
 /* The chain that was popped last is given back. True: it was a predecessor's, and not in the ring. */
 bool inflight_unpop(struct virtqueue *vq, uint16_t id);
 
-/* Helpers of both formats. */
+/* Helpers of both formats. _known: is the region, which was used before, one of ours and for this size? 0, or
+ * -EBADMSG with the report. */
+int inflight_known(struct virtqueue *vq, uint16_t version, uint16_t desc_num);
 void inflight_sort(struct inflight *in);
 void inflight_add_old(struct inflight *in, uint16_t at, uint64_t counter);
 

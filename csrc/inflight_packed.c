@@ -210,14 +210,8 @@ int inflight_packed_start(struct virtqueue *vq)
 		first_use(vq);
 		return 0;
 	}
-	if (version != INFLIGHT_VERSION) {
-		vq_fault(vq, VQ_INFLIGHT_VERSION, 0, version, INFLIGHT_VERSION + 1);
+	if (inflight_known(vq, version, desc_num))
 		return -EBADMSG;
-	}
-	if (desc_num != in->desc_num) {
-		vq_fault(vq, VQ_INFLIGHT_SIZE, 0, desc_num, in->desc_num);
-		return -EBADMSG;
-	}
 	seen = calloc(in->desc_num, sizeof(*seen));
 	if (!seen)
 		return -ENOMEM;

@@ -60,15 +60,7 @@ int inflight_split_start(struct virtqueue *vq, uint16_t avail_idx)
 		first_use(vq);
 		return 0;
 	}
-	if (version != INFLIGHT_VERSION) {
-		vq_fault(vq, VQ_INFLIGHT_VERSION, 0, version, INFLIGHT_VERSION + 1);
-		return -EBADMSG;
-	}
-	if (desc_num != in->desc_num) {
-		vq_fault(vq, VQ_INFLIGHT_SIZE, 0, desc_num, in->desc_num);
-		return -EBADMSG;
-	}
-	if (finish_batch(vq))
+	if (inflight_known(vq, version, desc_num) || finish_batch(vq))
 		return -EBADMSG;
 	for (uint32_t i = 0; i < in->desc_num; i++) {
 		uint8_t flag = READ_ONCE(r->desc[i].inflight);

@@ -45,6 +45,7 @@ int userfault_open(struct userfault *u)
 	int rc;
 
 	memset(u, 0, sizeof(*u));
+	u->pid = getpid();
 	u->empty = u->peer = u->stop = -1;
 	u->fd = open_fd();
 	if (u->fd < 0)
@@ -67,12 +68,21 @@ int userfault_open(struct userfault *u)
 	return rc;
 }
 
+/* In the child of a fork what is done to the descriptor is done to the parent's memory, and the guard is
+ * the parent's. */
+static bool is_ours(const struct userfault *u)
+{
+	return getpid() == u->pid;
+}
+
 void userfault_close(struct userfault *u)
 {
-	if (u->guarded) {
+	if (u->guarded && is_ours(u)) {
 		/* A new eventfd always has room for one. */
 		(void)!eventfd_write(u->stop, 1);
 		pthread_join(u->guard, NULL);
+	}
+	if (u->guarded) {
 		close(u->peer);
 		close(u->stop);
 	}
@@ -142,6 +152,8 @@ int userfault_end(struct userfault *u)
 {
 	int rc = 0;
 
+	if (!is_ours(u))
+		return 0;
 	pthread_mutex_lock(&u->lock);
 	for (size_t i = 0; i < u->count && !u->abandoned; i++) {
 		struct uffdio_range range = { (uintptr_t)u->ranges[i].addr, u->ranges[i].len };
@@ -157,6 +169,8 @@ int userfault_end(struct userfault *u)
 
 void userfault_abandon(struct userfault *u)
 {
+	if (!is_ours(u))
+		return;
 	pthread_mutex_lock(&u->lock);
 	for (size_t i = 0; i < u->count && !u->abandoned; i++) {
 		struct userfault_range *r = &u->ranges[i];

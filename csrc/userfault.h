@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 struct userfault_range {
 	void *addr;
@@ -23,6 +24,7 @@ struct userfault_range {
 
 struct userfault {
 	int fd;
+	pid_t pid; /* of the process whose memory it is: a fork has the descriptor, too */
 	pthread_mutex_t lock; /* of the next four */
 	struct userfault_range *ranges;
 	size_t count;

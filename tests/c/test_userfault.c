@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "barrier.h"
@@ -239,6 +240,35 @@ static void test_the_guard_that_saw_nothing(void)
 	close(ends[1]);
 }
 
+/* A program that forks lets go of everything in the child: of its own copy, not of the parent's memory. */
+static void test_a_fork_that_lets_go(void)
+{
+	struct memory m;
+	struct access a;
+	pid_t child;
+	int status;
+
+	setup(&m);
+	CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+	CHECK_EQ(userfault_guard(&m.u, ends[0]), 0);
+	child = fork();
+	CHECK(child >= 0);
+	if (!child) {
+		alarm(20); /* the guard is no thread of the child, to wait for */
+		userfault_close(&m.u);
+		_exit(0);
+	}
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK_EQ(status, 0);
+	start(&a, m.map + page, -1);
+	CHECK_EQ(next_fault(&m), (uintptr_t)m.map + page);
+	CHECK_EQ(userfault_end(&m.u), 0);
+	CHECK_EQ(finish(&a), 0);
+	teardown(&m);
+	close(ends[0]);
+	close(ends[1]);
+}
+
 static void test_memory_that_no_page_can_come_to(void)
 {
 	struct memory m;
@@ -274,6 +304,7 @@ int main(void)
 	RUN(test_abandoned);
 	RUN(test_the_guard);
 	RUN(test_the_guard_that_saw_nothing);
+	RUN(test_a_fork_that_lets_go);
 	RUN(test_memory_that_no_page_can_come_to);
 	return 0;
 }

@@ -130,24 +130,10 @@ class GpuDmabufScanout(Fixed, format="IIIIIIIIIi"):
 
 
 @dataclass(frozen=True, slots=True)
-class GpuDmabufScanout2(Fixed, format="IIIIIIIIIiQ"):
+class GpuDmabufScanout2(GpuDmabufScanout, format="IIIIIIIIIiQ"):
     """The same with the dma-buf's modifiers."""
 
-    scanout: int
-    x: int
-    y: int
-    width: int
-    height: int
-    fd_width: int
-    fd_height: int
-    fd_stride: int
-    fd_flags: int
-    fourcc: int
     modifier: int
-
-    @property
-    def nofd(self) -> bool:
-        return not self.width or not self.height
 
 
 @dataclass(frozen=True, slots=True)
