@@ -33,9 +33,14 @@ REPLAY_AFTER = 300
 OUT = int(BlkType.OUT)
 
 
+def tell(what: str, number: int) -> None:
+    """A whole line at once, whatever kills us and however Python buffers."""
+    os.write(1, f"{what} {number}\n".encode())
+
+
 class TellingBlk(Blk):
     def start_queue(self, queue: DeviceQueue) -> bool:
-        print("again", queue.resubmits, flush=True)
+        tell("again", queue.resubmits)
         return super().start_queue(queue)
 
 
@@ -115,7 +120,7 @@ def main() -> None:
         if not pid:
             live(path, disk, int(queues), kind, without)
             return
-        print("pid", pid, flush=True)
+        tell("pid", pid)
         os.waitpid(pid, 0)
 
 
