@@ -105,15 +105,17 @@ def test_killed_a_hundred_times(boot: Boot, iocheck: Path, tmp_path: Path, kind:
         with boot(vhost_user_blk(path, queues=2, packed=packed, reconnect_ms=10), cpus=2) as guest:
             assert bool(guest.features() >> 34 & 1) == packed
             churn = start_churn(guest)
-            for _ in range(KILLS):
+            # The engine is quick: on a quiet machine a kill hardly ever meets a request in it.
+            least, kills = KILLS if kind == "python" else 1, 0
+            while kills < KILLS or lives.again < least:
+                assert kills < 10 * KILLS, "too little was in flight for this to say anything"
                 lives.work(random.randint(*BETWEEN))
                 lives.kill()
+                kills += 1
             lives.work(BETWEEN[1])
             guest.run("touch /tmp/stop")
             churn.wait()
             assert "not a head" not in guest.run("dmesg").text
-            least = KILLS if kind == "python" else 1
-            assert lives.again >= least, "too little was in flight for this to say anything"
             # The last thing that each writer wrote.
             run(iocheck, "verify", disk, str(SEED), "0", str(SIZE))
 
