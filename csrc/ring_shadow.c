@@ -48,13 +48,15 @@ static void copy_split(const struct virtqueue *vq, const struct vring_used *from
 		to->ring[i & (vq->num - 1)] = from->ring[i & (vq->num - 1)];
 }
 
-/* The flags of the first are in vq->first_flags until it is published. */
+/* Into the shadow come all slots: one behind a used element is to be given back as the driver left it, for
+ * either side would believe its flags in a later lap. Those of the first are in vq->first_flags until it is
+ * published. */
 static void copy_packed(const struct virtqueue *vq, const struct vring_packed_desc *from,
 			struct vring_packed_desc *to)
 {
-	uint32_t at = vq->used;
+	uint32_t at = vq->used, count = to == vq->shadow->areas.desc ? vq->num : vq->staged_slots;
 
-	for (uint32_t i = 0; i < vq->staged_slots; i++) {
+	for (uint32_t i = 0; i < count; i++) {
 		to[at].id = from[at].id;
 		to[at].len = from[at].len;
 		if (i)

@@ -288,6 +288,32 @@ static void a_full_ring_waits(struct rig *r)
 	expect_no_used(r);
 }
 
+/* A used element stands for all slots of its chain; those behind its own are as the driver left them, or they
+ * would be taken for available, or for used, in a later lap. */
+static void slots_behind_an_element_stay(struct rig *r)
+{
+	const struct piece p[] = { { IOVA + 0x10000, 8, 0 }, { IOVA + 0x10008, 8, W } };
+
+	map(r, 0x10000, 16, 3);
+	for (int i = 0; r->o.packed && i < 40; i++) {
+		unsigned second = (r->next_avail + 1u) % r->o.num;
+		int id = rig_add(r, p, 2);
+		uint16_t flags = r->pdesc[second].flags;
+
+		expect_chain(r, id);
+		if (i % 3)
+			CHECK_EQ(virtqueue_fill(&r->vq, id, 8), 0);
+		unmap_ring(r);
+		if (!(i % 3))
+			CHECK_EQ(virtqueue_fill(&r->vq, id, 8), 0);
+		map_ring(r);
+		virtqueue_flush(&r->vq);
+		expect_used(r, id, 8);
+		CHECK_EQ(r->pdesc[second].flags, flags);
+		CHECK(!virtqueue_has_work(&r->vq));
+	}
+}
+
 /* What the driver does meanwhile is found when the ring is back, and kicks are asked for as before. */
 static void work_that_came_meanwhile(struct rig *r)
 {
@@ -404,6 +430,7 @@ int main(void)
 	EACH(faults_stay_faults);
 	EACH(completions_wait_for_the_ring);
 	EACH(a_full_ring_waits);
+	EACH(slots_behind_an_element_stay);
 	EACH(work_that_came_meanwhile);
 	EACH(anything_at_any_time);
 	return 0;
