@@ -14,6 +14,8 @@ static const struct options variants[] = {
 	{ .num = 8, .indirect = true, .iommu = true },
 	{ .num = 8, .indirect = true, .iommu = true, .event_idx = true, .start = 65533 },
 	{ .num = 8, .indirect = true, .iommu = true, .in_order = true },
+	{ .num = 8, .indirect = true, .iommu = true, .swapped = true, .event_idx = true, .start = 65533 },
+	{ .num = 8, .indirect = true, .iommu = true, .swapped = true },
 	{ .packed = true, .num = 7, .indirect = true, .iommu = true },
 	{ .packed = true, .num = 7, .indirect = true, .iommu = true, .event_idx = true, .start = 5 },
 	{ .packed = true, .num = 8, .indirect = true, .iommu = true, .in_order = true, .start = 7 },
@@ -23,7 +25,8 @@ static char context[80];
 
 static void describe(const struct options *o)
 {
-	snprintf(context, sizeof(context), "%s%s%s from %u", o->packed ? "packed" : "split",
+	snprintf(context, sizeof(context), "%s%s%s from %u",
+		 o->packed ? "packed" : o->swapped ? "swapped" : "split",
 		 o->event_idx ? ", event_idx" : "", o->in_order ? ", in_order" : "", o->start);
 	check_context = context;
 }
@@ -98,10 +101,13 @@ static void put_table(struct rig *r, uint64_t guest, const struct piece *p, unsi
 	for (unsigned i = 0; i < n; i++) {
 		uint8_t *to = r->host[guest < 0x11000 ? 0 : 1] + guest % REGION_SIZE + i * 16;
 		uint16_t flags = p[i].flags | (i + 1 < n && !r->o.packed ? N : 0);
-		uint16_t next = i + 1;
+		uint16_t next = ORD16(r, i + 1);
+		uint64_t addr = ORD64(r, p[i].addr);
+		uint32_t len = ORD32(r, p[i].len);
 
-		memcpy(to, &p[i].addr, 8);
-		memcpy(to + 8, &p[i].len, 4);
+		flags = ORD16(r, flags);
+		memcpy(to, &addr, 8);
+		memcpy(to + 8, &len, 4);
 		memcpy(to + (r->o.packed ? 14 : 12), &flags, 2);
 		memcpy(to + (r->o.packed ? 12 : 14), &next, 2);
 	}

@@ -290,6 +290,11 @@ static void every_way(void (*test)(struct options))
 		check_context = format_name[o.packed][o.event_idx][o.in_order];
 		o.start = o.packed ? 20 : 0xfff0;
 		test(o);
+		if (o.packed)
+			continue;
+		/* And of a legacy driver in the other byte order. */
+		o.swapped = true;
+		test(o);
 	}
 	check_context = "";
 }

@@ -389,6 +389,7 @@ static void test_every_instant(void)
 	} kinds[] = {
 		{ "split", { .num = 8, .start = 65530 }, 8 },
 		{ "split, spare entries, in order", { .num = 8, .in_order = true }, 16 },
+		{ "split, of the other byte order", { .num = 8, .swapped = true, .start = 65530 }, 8 },
 		{ "split, indirect", { .num = 16, .indirect = true }, 16 },
 		{ "packed", { .packed = true, .num = 7, .start = 3 }, 7 },
 		{ "packed, spare entries", { .packed = true, .num = 8 }, 11 },
