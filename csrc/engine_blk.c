@@ -424,14 +424,23 @@ static int worker_init(struct blk_worker *w, struct blk_engine *e)
 	return 0;
 }
 
+/* The threads are those of the process that made the engine. A fork has copies of what they use, as it was at
+ * that moment: held locks, and threads that wait. */
+static bool has_threads(const struct blk_engine *e)
+{
+	return getpid() == e->pid;
+}
+
 static void worker_destroy(struct blk_worker *w)
 {
 	unsigned i;
 
 	for (i = 0; i < BLK_BATCH; i++)
 		vhost_chain_destroy(&w->chains[i]);
-	pthread_cond_destroy(&w->handed_over);
-	pthread_mutex_destroy(&w->lock);
+	if (has_threads(w->engine)) { /* or this would wait for who waits */
+		pthread_cond_destroy(&w->handed_over);
+		pthread_mutex_destroy(&w->lock);
+	}
 	if (w->epoll >= 0)
 		close(w->epoll);
 	if (w->wake >= 0)
@@ -513,6 +522,8 @@ int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q
 	int rc;
 
 	memset(q, 0, sizeof(*q));
+	if (!has_threads(e))
+		return -ESRCH;
 	q->vq = cfg->vq;
 	q->disk = cfg->disk;
 	q->writethrough = cfg->writethrough;
@@ -558,7 +569,7 @@ void blk_engine_detach(struct blk_engine *e, struct blk_queue *q)
 	if (!w)
 		return;
 	/* In the child of a fork there is no thread to wait for, and the epoll set is the parent's, too. */
-	if (getpid() != e->pid) {
+	if (!has_threads(e)) {
 		close_fds(q);
 		q->worker = NULL;
 		return;
@@ -586,7 +597,7 @@ void blk_engine_hold(struct blk_queue *q)
 {
 	struct blk_worker *w = q->worker;
 
-	if (!w || getpid() != w->engine->pid)
+	if (!w || !has_threads(w->engine))
 		return;
 	pthread_mutex_lock(&w->lock);
 	w->hold++;
@@ -601,7 +612,7 @@ void blk_engine_release(struct blk_queue *q, bool look)
 {
 	struct blk_worker *w = q->worker;
 
-	if (!w || getpid() != w->engine->pid)
+	if (!w || !has_threads(w->engine))
 		return;
 	pthread_mutex_lock(&w->lock);
 	if (!--w->hold)

@@ -96,7 +96,8 @@ struct blk_queue_config {
 
 /*
  * Hands the queue to a worker, which looks at it at once. From here to the return of detach the ring
- * belongs to that worker alone. 0 or a negative errno (-EPERM: the kick cannot be waited for).
+ * belongs to that worker alone. 0 or a negative errno (-EPERM: the kick cannot be waited for; -ESRCH: the
+ * engine is another process's, of which this one was forked).
  */
 int blk_engine_attach(struct blk_engine *e, unsigned worker, struct blk_queue *q,
 		      const struct blk_queue_config *cfg);

@@ -11,10 +11,12 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -458,6 +460,50 @@ static void test_broken(void)
 	world_destroy(&w);
 }
 
+/* ------------------------------------------------------------------ a fork */
+
+/* Until the worker waits for us to release it. glibc counts who waits from the fourth bit on. */
+static void wait_until_held(struct blk_worker *w)
+{
+	while (!(__atomic_load_n(&w->handed_over.__data.__wrefs, __ATOMIC_RELAXED) >> 3))
+		sched_yield();
+}
+
+/* A child has none of the threads: it cannot have a queue served, but it can let go of everything, whatever
+ * the threads were doing at that moment. */
+static void test_a_fork(void)
+{
+	struct world w;
+	struct blk_queue_config cfg;
+	struct blk_queue other;
+	pid_t child;
+	int status;
+
+	world_init(&w, false, false, 1);
+	attach(&w, 0);
+	blk_engine_hold(&w.lanes[0].bq);
+	ring(w.lanes[0].kick); /* so that it wakes up, and finds itself held */
+	wait_until_held(&w.engine.workers[0]);
+	child = fork();
+	CHECK(child >= 0);
+	if (!child) {
+		alarm(20);
+		cfg = (struct blk_queue_config){ &w.lanes[1].vq, &w.disk, false, -1, { .fd = -1 } };
+		CHECK_EQ(blk_engine_attach(&w.engine, 0, &other, &cfg), -ESRCH);
+		blk_engine_detach(&w.engine, &other);
+		blk_engine_detach(&w.engine, &w.lanes[0].bq);
+		blk_engine_destroy(&w.engine);
+		_exit(0);
+	}
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK_EQ(status, 0);
+	blk_engine_release(&w.lanes[0].bq, true);
+	start_drivers(&w, 1);
+	join_drivers(&w, 1);
+	detach(&w, 0);
+	world_destroy(&w);
+}
+
 /* ------------------------------------------------------------------ behind an IOMMU */
 
 #define PAGE 512u /* smaller than a block, so that a request misses several times */
@@ -556,5 +602,6 @@ int main(void)
 	RUN(test_without_a_kick);
 	RUN(test_refused);
 	RUN(test_broken);
+	RUN(test_a_fork);
 	return 0;
 }

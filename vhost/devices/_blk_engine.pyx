@@ -4,6 +4,7 @@
 import os
 
 cimport cython
+from libc.errno cimport ESRCH
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -113,7 +114,8 @@ cdef class Engine:
         with nogil:
             rc = blk_engine_attach(&self.c, worker, &one.c, &cfg)
         if rc:
-            raise OSError(-rc, f"{queue.name}: cannot be attached to the block engine")
+            why = "it belongs to the process that this one was forked from" if rc == -ESRCH else os.strerror(-rc)
+            raise OSError(-rc, f"{queue.name}: cannot be attached to the block engine: {why}")
         self.attached[queue] = one
 
     def detach(self, DeviceQueue queue not None):
