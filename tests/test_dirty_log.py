@@ -237,6 +237,47 @@ def test_memory_that_is_gone(packed: bool) -> None:
     assert queues.device.broken is None
 
 
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
+@FORMATS
+def test_memory_that_the_log_does_not_cover(packed: bool) -> None:
+    """The queue says so and goes on without a log, in the new memory: what is popped there keeps it."""
+    user, far = 1 << 40, 1 << 41
+    file = Region.allocate(64 * PAGE)
+
+    def memory(guest: int) -> GuestMemory:
+        return GuestMemory([Region.from_fd(file.fd, file.size, guest_addr=guest, user_addr=user)])
+
+    place = DriverQueue.layout(8, packed=packed)
+    offsets = {"desc": place.desc, "avail": place.avail, "used": place.used}
+    areas = {area: far + offset for area, offset in offsets.items()}
+    driver = DriverQueue(memory(far), 8, packed=packed, **areas)
+    user_areas = {area: user + offset for area, offset in offsets.items()}
+    device = DeviceQueue(memory(0), 8, packed=packed, **user_areas, user_addresses=True, name="q")
+    assert device.pop() is None  # an object that is there to be used again
+    device.set_log(DirtyLog(64 * PAGE), ring=True)
+    moved = memory(far)
+    with pytest.raises(InvalidLogAddress, match="beyond the dirty log, which ends at 0x40000"):
+        device.set_memory(moved)
+    assert device.memory is moved
+    assert device.dirty_log is None
+    driver.add([], [(far + 16 * PAGE, 16)], None)
+    chain = device.pop()
+    assert chain is not None
+    (view,) = chain.writable
+    assert view.address == moved[0].host_addr + 16 * PAGE
+    address = view.address
+    device.push(chain, 0)
+    del moved, chain
+    device.set_memory(memory(far))
+    assert is_mapped(address)
+    del view
+    assert not is_mapped(address)
+
+
 def test_logs_that_are_too_small(queues: Queues) -> None:
     small = DirtyLog(RING - PAGE)
     with pytest.raises(InvalidLogAddress, match=r"^q: .* is beyond the dirty log, which ends at 0x100000$"):

@@ -475,19 +475,21 @@ cdef class DeviceQueue:
 
     def set_memory(self, GuestMemory memory not None):
         cdef virtqueue_areas areas
+        cdef GuestMemory before = self.memory  # which the ring lies in until it has moved
         self.must_be_open()
-        if self.iotlb is not None:
-            self.translate()
-        else:
+        if self.iotlb is None:
             find_areas(
                 self.name, memory, None, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
             )
             virtqueue_set_memory(&self.vq, memory.c, &areas)
             self.areas = areas
+        # What is popped from here on lies there, whatever is refused below.
         self.memory = memory
+        self.empty_pool()
+        if self.iotlb is not None:
+            self.translate()
         if self.vq.log != NULL:
             self.apply_log()
-        self.empty_pool()
 
     def translate(self):
         cdef virtqueue_areas areas

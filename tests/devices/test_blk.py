@@ -477,14 +477,20 @@ def test_a_child_of_the_process_can_end(image: Path) -> None:
     """It has a copy of the device, but none of the threads; and the parent's go on."""
     script = f"""
 import os, signal, sys
-from devices.disks import Ring
+from devices.disks import BASE, Ring
 from vhost.devices.blk import Blk
+from vhost.virtqueue import DeviceQueue
 
 one = Ring(Blk({str(image)!r}))
 if not os.fork():
     signal.alarm(20)
-    del one
-    sys.exit(7)
+    try:
+        one.device.start_queue(DeviceQueue(one.memory, 8, BASE, BASE + 256, BASE + 512, name="other"))
+    except OSError as error:
+        assert str(error).endswith("other: cannot be attached to the block engine: it belongs to the process"
+                                   " that this one was forked from"), error
+        del one
+        sys.exit(7)
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
 assert one.request(0, 0, room=512)[:2] == (0, 513)
 device = one.device
