@@ -11,6 +11,7 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -266,6 +267,50 @@ def test_the_front_end_is_told(path: Path, no_leaks: None, logs: contextlib.Exit
             assert not told(0)
         if isinstance(device, vhost.devices.Blk):
             device.close()
+
+
+class Lender(vhost.Device):
+    """What comes on the first ring is given back when the second goes on."""
+
+    device_id = vhost.DeviceId.RNG
+    queues = ("taking", "giving")
+
+    def __init__(self) -> None:
+        self.chains: list[tuple[vhost.DeviceQueue, vhost.Chain]] = []
+        self.taken = threading.Semaphore(0)
+
+    def taking(self, queue: vhost.DeviceQueue) -> None:
+        for chain in queue:
+            self.chains.append((queue, chain))
+            self.taken.release()
+
+    def giving(self, _: vhost.DeviceQueue) -> None:
+        for queue, chain in self.chains:
+            queue.push(chain, 1)
+        self.chains.clear()
+
+
+def test_another_ring_goes_on_first(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:
+    """A ring that does not have the new descriptor yet is used when another one has it."""
+    log = log_file(logs)
+    kick, *changed = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    for fd in (kick, *changed):
+        logs.callback(os.close, fd)
+    device = Lender()
+    with h.served(device, path), guest_on(path) as (raw, guest):
+        raw.start()
+        raw.set_ring(1)
+        assert raw.status(h.SET_VRING_KICK, h.u64(1), [kick]) == 0
+        assert raw.status(h.SET_VRING_ENABLE, h.state(1, 1)) == 0
+        assert raw.status(SET_LOG_FD, b"", [changed[0]]) == 0
+        assert raw.ask(SET_LOG_BASE, log.payload, [log.fd])
+        assert switch(raw, True) == 0
+        guest.offer(addr=h.GUEST + DATA)
+        guest.kick()
+        assert device.taken.acquire(timeout=20)
+        assert raw.status(SET_LOG_FD, b"", [changed[1]]) == 0
+        guest.wait_used(guest.idx)
+        assert DATA in log.take()
 
 
 def test_sessions_that_end_while_they_log(path: Path, no_leaks: None, logs: contextlib.ExitStack) -> None:

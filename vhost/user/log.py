@@ -92,8 +92,11 @@ class LogHandlers(Handlers):
         (fd,) = message.fds
         check_event_fd(fd)
         message.take_fd()
-        with self.paused(*self.rings):
-            old, self._log_fd = self._log_fd, fd
+        old, self._log_fd = self._log_fd, fd
+        try:
+            self._apply_log()
+        finally:
+            # Not before each ring has the new one: what goes on first may use those that have the old one.
             if old >= 0:
                 os.close(old)
 
