@@ -396,6 +396,18 @@ def test_answers_that_do_not_fit(rows: list[tuple[int, int, int, int]], text: st
     del regions
 
 
+def test_a_userfaultfd_that_blocks(no_leaks: None) -> None:
+    """The back-end may make its open file block at any time; who looks for faults does not wait."""
+    theirs = PageFaults()
+    found: list[object] = []
+    with contextlib.closing(theirs), contextlib.closing(PageServer(os.dup(theirs.fileno()))) as pages:
+        os.set_blocking(theirs.fileno(), True)
+        looking = threading.Thread(target=lambda: found.append(pages.faults()), daemon=True)
+        looking.start()
+        looking.join(20)
+        assert found == [[]]
+
+
 def test_pages_that_are_none(no_leaks: None) -> None:
     region = Region.allocate(SIZE, guest_addr=h.GUEST, user_addr=h.USER)
     with advised(userfaultfd, lambda raw: None) as sock, vhost.Frontend(sock) as frontend:

@@ -27,7 +27,6 @@ from vhost.user._userfault import PageFaults, place, wake
 from vhost.user.frontend_base import FrontendBase
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import U64, MemoryRegion, MemTable, SingleRegion
-from vhost.user.transport import readable
 
 log = logging.getLogger("vhost.frontend")
 
@@ -76,8 +75,8 @@ class PageServer:
 
     def faults(self) -> list[Missing]:
         """The pages that the back-end waits for, and did not a call ago; does not wait."""
-        if not readable(self._theirs):
-            return []
+        # The back-end has the same open file, and may have made it wait: then even poll() has an event.
+        os.set_blocking(self._theirs, False)
         try:
             data = os.read(self._theirs, FAULT.size * FAULTS_PER_READ)
         except BlockingIOError:
