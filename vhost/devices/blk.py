@@ -35,7 +35,8 @@ class Blk(Device):
     what is written and leaves a reader's memory as it was.
 
     ``handler``: "c" runs requests in ``threads`` threads without the GIL (default: one a queue, up to
-    the number of CPUs); "python" runs them in the session's thread.
+    the number of CPUs), which are this process's: a fork makes a device of its own; "python" runs them in
+    the session's thread.
     ``share``: do not claim the file; by default only one session at a time, of all processes, may
     write it, or several may read it.
     """
