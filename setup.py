@@ -34,6 +34,8 @@ CORE = [
     "csrc/sigbus.c",
     "csrc/dirty_log.c",
     "csrc/virtqueue_log.c",
+    "csrc/engine.c",
+    "csrc/engine_worker.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
@@ -84,6 +86,7 @@ setup(
             extension("vhost.user._userfault", "csrc/userfault.c"),
             extension("vhost.kernel._ioctl"),
             extension("vhost.kernel._vduse"),
+            extension("vhost.devices._engine"),
             extension("vhost.devices._blk_engine", "csrc/engine_blk.c", "csrc/blk_request.c"),
             extension("vhost.drivers._net_queue", "csrc/driver_net.c", "csrc/driver_net_pump.c"),
         ],

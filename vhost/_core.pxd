@@ -299,27 +299,39 @@ cdef extern from "blk_request.h" nogil:
     int blk_disk_zero(const blk_disk *, uint64_t, uint64_t, bint)
 
 
-cdef extern from "engine_blk.h" nogil:
-    struct blk_queue:
+cdef extern from "engine.h" nogil:
+    struct engine_ops:
         pass
 
-    struct blk_engine:
+    struct engine_queue:
+        pass
+
+    struct engine:
         unsigned int nworkers
 
-    struct blk_queue_config:
+    struct engine_queue_config:
         virtqueue *vq
-        const blk_disk *disk
-        bint writethrough
+        const engine_ops *ops
         int kick
+        int source
         virtqueue_call call
 
-    int blk_engine_init(blk_engine *, unsigned int, const char *, const int *)
-    void blk_engine_destroy(blk_engine *)
-    int blk_engine_notice(const blk_engine *)
-    int blk_engine_attach(blk_engine *, unsigned int, blk_queue *, const blk_queue_config *)
-    void blk_engine_detach(blk_engine *, blk_queue *)
-    void blk_engine_hold(blk_queue *)
-    void blk_engine_release(blk_queue *, bint)
+    int engine_init(engine *, unsigned int, const char *, const int *, const int *)
+    void engine_destroy(engine *)
+    int engine_notice(const engine *)
+    int engine_attach(engine *, unsigned int, engine_queue *, const engine_queue_config *)
+    void engine_detach(engine *, engine_queue *)
+    void engine_hold(engine_queue *)
+    void engine_release(engine_queue *, bint)
+
+
+cdef extern from "engine_blk.h" nogil:
+    struct blk_queue:
+        engine_queue engine
+        const blk_disk *disk
+        bint writethrough
+
+    const engine_ops blk_engine_ops
     int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)
 
 

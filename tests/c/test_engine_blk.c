@@ -62,7 +62,7 @@ struct world {
 	uint8_t *host;
 	size_t size;
 	struct blk_disk disk;
-	struct blk_engine engine;
+	struct engine engine;
 	struct lane lanes[QUEUES];
 };
 
@@ -87,7 +87,7 @@ static void world_init_behind(struct world *w, bool iommu, bool packed, bool eve
 	CHECK(w->disk.fd >= 0);
 	w->disk.capacity = QUEUES * DEPTH * BLOCK / 512;
 	CHECK_EQ(ftruncate(w->disk.fd, w->disk.capacity * 512), 0);
-	CHECK_EQ(blk_engine_init(&w->engine, workers, "engine", &no_repairs), 0);
+	CHECK_EQ(engine_init(&w->engine, workers, "engine", &no_repairs, NULL), 0);
 	for (unsigned i = 0; i < QUEUES; i++) {
 		struct lane *l = &w->lanes[i];
 		uint8_t *at = w->host + i * LANE;
@@ -129,7 +129,7 @@ static void world_destroy(struct world *w)
 		close(l->kick);
 		close(l->call);
 	}
-	blk_engine_destroy(&w->engine);
+	engine_destroy(&w->engine);
 	if (w->iommu)
 		iotlb_destroy(&w->tlb);
 	guest_memory_destroy(&w->mem);
@@ -140,9 +140,10 @@ static void world_destroy(struct world *w)
 static void attach_with(struct world *w, unsigned i, int kick)
 {
 	struct lane *l = &w->lanes[i];
-	struct blk_queue_config cfg = { &l->vq, &w->disk, false, kick, { .fd = l->call } };
+	struct engine_queue_config cfg = { &l->vq, &blk_engine_ops, kick, -1, { .fd = l->call } };
 
-	CHECK_EQ(blk_engine_attach(&w->engine, i % w->engine.nworkers, &l->bq, &cfg), 0);
+	l->bq.disk = &w->disk;
+	CHECK_EQ(engine_attach(&w->engine, i % w->engine.nworkers, &l->bq.engine, &cfg), 0);
 }
 
 static void attach(struct world *w, unsigned i)
@@ -152,7 +153,7 @@ static void attach(struct world *w, unsigned i)
 
 static void detach(struct world *w, unsigned i)
 {
-	blk_engine_detach(&w->engine, &w->lanes[i].bq);
+	engine_detach(&w->engine, &w->lanes[i].bq.engine);
 	CHECK_EQ(w->lanes[i].vq.inuse, 0); /* what was popped is published */
 }
 
@@ -414,18 +415,19 @@ static void test_without_a_kick(void)
 static void test_refused(void)
 {
 	struct world w;
-	struct blk_queue_config cfg;
+	struct engine_queue_config cfg;
 	unsigned fds;
 
 	world_init(&w, false, false, 1);
-	cfg = (struct blk_queue_config){ &w.lanes[0].vq, &w.disk, false, w.disk.fd, { .fd = -1 } };
+	cfg = (struct engine_queue_config){ &w.lanes[0].vq, &blk_engine_ops, w.disk.fd, -1, { .fd = -1 } };
+	w.lanes[0].bq.disk = &w.disk;
 	fds = open_fds();
-	CHECK_EQ(blk_engine_attach(&w.engine, 0, &w.lanes[0].bq, &cfg), -EPERM);
+	CHECK_EQ(engine_attach(&w.engine, 0, &w.lanes[0].bq.engine, &cfg), -EPERM);
 	CHECK_EQ(open_fds(), fds);
 	cfg.kick = 1 << 20;
-	CHECK_EQ(blk_engine_attach(&w.engine, 0, &w.lanes[0].bq, &cfg), -EBADF);
+	CHECK_EQ(engine_attach(&w.engine, 0, &w.lanes[0].bq.engine, &cfg), -EBADF);
 	CHECK_EQ(open_fds(), fds);
-	blk_engine_detach(&w.engine, &w.lanes[0].bq);
+	engine_detach(&w.engine, &w.lanes[0].bq.engine);
 	attach(&w, 0);
 	start_drivers(&w, 1);
 	join_drivers(&w, 1);
@@ -445,7 +447,7 @@ static void test_broken(void)
 	attach(&w, 0);
 	attach(&w, 1);
 	start_drivers(&w, 1);
-	p = (struct pollfd){ .fd = blk_engine_notice(&w.engine), .events = POLLIN };
+	p = (struct pollfd){ .fd = engine_notice(&w.engine), .events = POLLIN };
 	CHECK_EQ(poll(&p, 1, 0), 0);
 	buf = (struct virtqueue_buf){ l->guest, 16 };
 	CHECK(virtqueue_add(&l->dq, &buf, 1, 0, 0) >= 0);
@@ -456,14 +458,14 @@ static void test_broken(void)
 	CHECK_EQ(l->vq.report.limit, 1);
 	join_drivers(&w, 1);
 	detach(&w, 0);
-	blk_engine_detach(&w.engine, &l->bq);
+	engine_detach(&w.engine, &l->bq.engine);
 	world_destroy(&w);
 }
 
 /* ------------------------------------------------------------------ a fork */
 
 /* Until the worker waits for us to release it. glibc counts who waits from the fourth bit on. */
-static void wait_until_held(struct blk_worker *w)
+static void wait_until_held(struct engine_worker *w)
 {
 	while (!(__atomic_load_n(&w->handed_over.__data.__wrefs, __ATOMIC_RELAXED) >> 3))
 		sched_yield();
@@ -474,30 +476,30 @@ static void wait_until_held(struct blk_worker *w)
 static void test_a_fork(void)
 {
 	struct world w;
-	struct blk_queue_config cfg;
-	struct blk_queue other;
+	struct engine_queue_config cfg;
+	struct engine_queue other;
 	pid_t child;
 	int status;
 
 	world_init(&w, false, false, 1);
 	attach(&w, 0);
-	blk_engine_hold(&w.lanes[0].bq);
+	engine_hold(&w.lanes[0].bq.engine);
 	ring(w.lanes[0].kick); /* so that it wakes up, and finds itself held */
 	wait_until_held(&w.engine.workers[0]);
 	child = fork();
 	CHECK(child >= 0);
 	if (!child) {
 		alarm(20);
-		cfg = (struct blk_queue_config){ &w.lanes[1].vq, &w.disk, false, -1, { .fd = -1 } };
-		CHECK_EQ(blk_engine_attach(&w.engine, 0, &other, &cfg), -ESRCH);
-		blk_engine_detach(&w.engine, &other);
-		blk_engine_detach(&w.engine, &w.lanes[0].bq);
-		blk_engine_destroy(&w.engine);
+		cfg = (struct engine_queue_config){ &w.lanes[1].vq, &blk_engine_ops, -1, -1, { .fd = -1 } };
+		CHECK_EQ(engine_attach(&w.engine, 0, &other, &cfg), -ESRCH);
+		engine_detach(&w.engine, &other);
+		engine_detach(&w.engine, &w.lanes[0].bq.engine);
+		engine_destroy(&w.engine);
 		_exit(0);
 	}
 	CHECK_EQ(waitpid(child, &status, 0), child);
 	CHECK_EQ(status, 0);
-	blk_engine_release(&w.lanes[0].bq, true);
+	engine_release(&w.lanes[0].bq.engine, true);
 	start_drivers(&w, 1);
 	join_drivers(&w, 1);
 	detach(&w, 0);
@@ -511,13 +513,13 @@ static void test_a_fork(void)
 static void hold(struct world *w)
 {
 	for (unsigned i = 0; i < QUEUES; i++)
-		blk_engine_hold(&w->lanes[i].bq);
+		engine_hold(&w->lanes[i].bq.engine);
 }
 
 static void release(struct world *w, bool look)
 {
 	for (unsigned i = 0; i < QUEUES; i++)
-		blk_engine_release(&w->lanes[i].bq, look);
+		engine_release(&w->lanes[i].bq.engine, look);
 }
 
 static bool map_what_is_missed(struct world *w)
@@ -551,7 +553,7 @@ static void *wait_for_drivers(void *arg)
 
 	join_drivers(d->w, QUEUES);
 	__atomic_store_n(&d->running, 0, __ATOMIC_RELEASE);
-	ring(blk_engine_notice(&d->w->engine));
+	ring(engine_notice(&d->w->engine));
 	return NULL;
 }
 
@@ -572,7 +574,7 @@ static void test_misses(void)
 		start_drivers(&w, QUEUES);
 		CHECK_EQ(pthread_create(&waiter, NULL, wait_for_drivers, &d), 0);
 		while (__atomic_load_n(&d.running, __ATOMIC_ACQUIRE)) {
-			struct pollfd p = { .fd = blk_engine_notice(&w.engine), .events = POLLIN };
+			struct pollfd p = { .fd = engine_notice(&w.engine), .events = POLLIN };
 
 			CHECK_EQ(poll(&p, 1, LONG_WAIT_MS), 1);
 			CHECK(read(p.fd, &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);

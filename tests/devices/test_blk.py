@@ -487,7 +487,7 @@ if not os.fork():
     try:
         one.device.start_queue(DeviceQueue(one.memory, 8, BASE, BASE + 256, BASE + 512, name="other"))
     except OSError as error:
-        assert str(error).endswith("other: cannot be attached to the block engine: it belongs to the process"
+        assert str(error).endswith("other: cannot be attached to the engine: it belongs to the process"
                                    " that this one was forked from"), error
         del one
         sys.exit(7)

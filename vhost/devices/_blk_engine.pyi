@@ -4,8 +4,9 @@
 from typing import Final, final
 
 from vhost.device_queue import DeviceQueue
+from vhost.devices._engine import Engine
 
-__all__ = ["MAX_RANGES", "Disk", "Engine"]
+__all__ = ["MAX_RANGES", "BlkEngine", "Disk"]
 
 MAX_RANGES: Final[int]
 
@@ -37,25 +38,7 @@ class Disk:
         """Zero bytes; with ``unmap`` by a hole, where that does it."""
 
 @final
-class Engine:
-    """Worker threads, which run while they have queues."""
-
-    def __init__(self, workers: int, name: str) -> None: ...
-    @property
-    def notice(self) -> int:
-        """An eventfd that is signalled when a queue, or memory below one, broke, or misses a
-        mapping. Nobody reads it: watch it edge-triggered."""
-
+class BlkEngine(Engine):
     def attach(self, queue: DeviceQueue, disk: Disk, worker: int, writethrough: bool) -> None:
         """Hand the queue, with the descriptors that it has now, to a worker. Until ``detach`` nothing
         else may use it."""
-
-    def detach(self, queue: DeviceQueue) -> None:
-        """Take it back, once what was popped is published."""
-
-    def hold(self, queue: DeviceQueue) -> None:
-        """Return when nothing uses the queue, nor what it translates with; and nothing will until
-        ``release``. Cheaper than ``detach`` and ``attach``."""
-
-    def release(self, queue: DeviceQueue, look: bool) -> None:
-        """``look``: there may be work that no kick tells of."""

@@ -4,16 +4,14 @@
 import os
 
 cimport cython
-from libc.errno cimport ESRCH
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from vhost._core cimport *
 from vhost.device_queue cimport DeviceQueue
-from vhost.memory cimport sigbus_count
+from vhost.devices._engine cimport Engine, EngineQueue
 
-__all__ = ["MAX_RANGES", "Disk", "Engine"]
+__all__ = ["MAX_RANGES", "BlkEngine", "Disk"]
 
 MAX_RANGES = BLK_RANGES_MAX
 
@@ -68,89 +66,23 @@ cdef class Disk:
             raise OSError(-rc, os.strerror(-rc))
 
 
-# Not the collector's, like the queues: it would clear `attached`, and free what is in it, under the feet of
-# the threads. Nothing below refers back to a device, so that no cycle is lost by it.
 @cython.final
 @cython.no_gc
-cdef class Engine:
-    cdef blk_engine c
-    cdef bint ready
-    cdef dict attached  # queue: _Attached
-
-    def __cinit__(self, unsigned int workers, str name not None):
-        cdef int rc = blk_engine_init(&self.c, workers, name.encode(), sigbus_count())
-        if rc:
-            raise OSError(-rc, "cannot set up the block engine")
-        self.ready = True
-        self.attached = {}
-
-    def __dealloc__(self):
-        cdef _Attached one
-        if not self.ready:
-            return
-        if self.attached is not None:
-            for one in self.attached.values():
-                self.take_back(one)
-        blk_engine_destroy(&self.c)
-
-    @property
-    def notice(self):
-        return blk_engine_notice(&self.c)
-
+cdef class BlkEngine(Engine):
     def attach(self, DeviceQueue queue not None, Disk disk not None, unsigned int worker, bint writethrough):
-        cdef _Attached one
-        cdef blk_queue_config cfg
-        cdef int rc
-        if queue in self.attached:
-            raise ValueError(f"{queue.name} is attached already")
-        if worker >= self.c.nworkers:
-            raise ValueError(f"worker {worker}, must be below {self.c.nworkers}")
-        one = _Attached(queue, disk)
-        cfg.vq = &queue.vq
-        cfg.disk = &disk.c
-        cfg.writethrough = writethrough
-        cfg.kick = queue.kick
-        cfg.call = queue.to_driver
-        with nogil:
-            rc = blk_engine_attach(&self.c, worker, &one.c, &cfg)
-        if rc:
-            why = "it belongs to the process that this one was forked from" if rc == -ESRCH else os.strerror(-rc)
-            raise OSError(-rc, f"{queue.name}: cannot be attached to the block engine: {why}")
-        self.attached[queue] = one
-
-    def detach(self, DeviceQueue queue not None):
-        cdef _Attached one = self.attached.pop(queue, None)
-        if one is not None:
-            self.take_back(one)
-
-    def hold(self, DeviceQueue queue not None):
-        cdef _Attached one = self.attached.get(queue)
-        if one is not None:
-            with nogil:
-                blk_engine_hold(&one.c)
-
-    def release(self, DeviceQueue queue not None, bint look):
-        cdef _Attached one = self.attached.get(queue)
-        if one is not None:
-            with nogil:
-                blk_engine_release(&one.c, look)
-
-    cdef int take_back(self, _Attached one) except -1:
-        with nogil:
-            blk_engine_detach(&self.c, &one.c)
-        return 0
+        cdef _BlkQueue one = _BlkQueue(queue)
+        one.disk = disk
+        one.c.disk = &disk.c
+        one.c.writethrough = writethrough
+        self.hand_over(one, worker)
 
 
 @cython.final
 @cython.no_gc
-cdef class _Attached:
-    """Keeps alive what a worker uses."""
-
+cdef class _BlkQueue(EngineQueue):
     cdef blk_queue c
-    cdef DeviceQueue queue
     cdef Disk disk
 
-    def __cinit__(self, DeviceQueue queue, Disk disk):
-        memset(&self.c, 0, sizeof(self.c))
-        self.queue = queue
-        self.disk = disk
+    def __cinit__(self, DeviceQueue queue):
+        self.engine = &self.c.engine
+        self.ops = &blk_engine_ops

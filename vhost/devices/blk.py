@@ -15,7 +15,7 @@ import struct
 import threading
 
 from vhost.device_queue import DeviceQueue
-from vhost.devices._blk_engine import MAX_RANGES, Disk, Engine
+from vhost.devices._blk_engine import MAX_RANGES, BlkEngine, Disk
 from vhost.devices.base import Attached, Device
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, serve_request
 from vhost.errors import DeviceBusy, InvalidQueue, QueueBroken
@@ -80,7 +80,7 @@ class Blk(Device):
         self._files: dict[Attached, int] = {}
         self._config_lock = threading.Lock()
         self.fd = -1
-        self.engine: Engine | None = None
+        self.engine: BlkEngine | None = None
         self._block_device = False
         if self.path is not None:
             self.fd = os.open(self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
@@ -99,7 +99,7 @@ class Blk(Device):
             self._topology = self._look_at_topology()
             workers = min(num_queues, threads or len(os.sched_getaffinity(0)))
             if handler == "c":
-                self.engine = Engine(workers, "vhost-blk")
+                self.engine = BlkEngine(workers, "vhost-blk")
             self._workers = workers
         except BaseException:
             self.close()

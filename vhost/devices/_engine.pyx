@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Worker threads for Python: csrc/engine.h. Knows queues, but not what is done with them: a device's engine
+derives from ``Engine``, and has what it keeps of a queue in a class that derives from ``EngineQueue``."""
+
+import os
+
+cimport cython
+from libc.errno cimport ESRCH
+from libc.stdlib cimport calloc, free
+
+from vhost._core cimport *
+from vhost.device_queue cimport DeviceQueue
+from vhost.memory cimport sigbus_count
+
+__all__ = ["Engine"]
+
+
+# Not the collector's, like the queues: it would clear `attached`, and free what is in it, under the feet of
+# the threads. Nothing below refers back to a device, so that no cycle is lost by it.
+@cython.no_gc
+cdef class Engine:
+    def __cinit__(self, unsigned int workers, str name not None, cpus=()):
+        cdef int *where = NULL
+        cdef int rc
+        if cpus:
+            where = <int *> calloc(workers, sizeof(int))
+            if where == NULL:
+                raise MemoryError()
+        try:
+            if cpus:
+                for i in range(workers):
+                    where[i] = cpus[i % len(cpus)]
+            rc = engine_init(&self.c, workers, name.encode(), sigbus_count(), where)
+        finally:
+            free(where)
+        if rc:
+            raise OSError(-rc, f"{name}: cannot set up the engine")
+        self.ready = True
+        self.attached = {}
+
+    def __dealloc__(self):
+        cdef EngineQueue one
+        if not self.ready:
+            return
+        if self.attached is not None:
+            for one in self.attached.values():
+                self.take_back(one)
+        engine_destroy(&self.c)
+
+    @property
+    def notice(self):
+        return engine_notice(&self.c)
+
+    cdef int hand_over(self, EngineQueue one, unsigned int worker) except -1:
+        cdef DeviceQueue queue = one.queue
+        cdef engine_queue_config cfg
+        cdef int rc
+        if queue in self.attached:
+            raise ValueError(f"{queue.name} is attached already")
+        if worker >= self.c.nworkers:
+            raise ValueError(f"worker {worker}, must be below {self.c.nworkers}")
+        cfg.vq = &queue.vq
+        cfg.ops = one.ops
+        cfg.kick = queue.kick
+        cfg.source = one.source
+        cfg.call = queue.to_driver
+        with nogil:
+            rc = engine_attach(&self.c, worker, one.engine, &cfg)
+        if rc:
+            why = "it belongs to the process that this one was forked from" if rc == -ESRCH else os.strerror(-rc)
+            raise OSError(-rc, f"{queue.name}: cannot be attached to the engine: {why}")
+        self.attached[queue] = one
+        return 0
+
+    def detach(self, DeviceQueue queue not None):
+        cdef EngineQueue one = self.attached.pop(queue, None)
+        if one is not None:
+            self.take_back(one)
+
+    def hold(self, DeviceQueue queue not None):
+        cdef EngineQueue one = self.attached.get(queue)
+        if one is not None:
+            with nogil:
+                engine_hold(one.engine)
+
+    def release(self, DeviceQueue queue not None, bint look):
+        cdef EngineQueue one = self.attached.get(queue)
+        if one is not None:
+            with nogil:
+                engine_release(one.engine, look)
+
+    cdef int take_back(self, EngineQueue one) except -1:
+        with nogil:
+            engine_detach(&self.c, one.engine)
+        return 0
+
+
+@cython.no_gc
+cdef class EngineQueue:
+    """A queue that a worker has; keeps alive what the worker uses. Who derives sets `engine` and `ops`."""
+
+    def __cinit__(self, DeviceQueue queue not None, *args):
+        self.queue = queue
+        self.source = -1
