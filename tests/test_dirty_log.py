@@ -414,3 +414,11 @@ def _scatter(chance: random.Random, one: Ring, end: int) -> list[tuple[int, int]
         total -= sizes[-1]
     places = chance.sample(range(one.free + PAGE, end - 2 * PAGE, 2 * PAGE), len(sizes))
     return [(place + chance.randrange(PAGE), size) for place, size in zip(places, sizes, strict=True)]
+
+
+def test_memory_stays_the_same() -> None:
+    log = DirtyLog(1 << 20)
+    addr = log.addr
+    with pytest.raises(RuntimeError, match="already"):
+        log.__init__(1 << 20)  # type: ignore[misc]
+    assert log.addr == addr

@@ -39,6 +39,8 @@ cdef class DirtyLog:
         return self
 
     cdef int use(self, Region region) except -1:
+        if self.region is not None:  # queues may mark there
+            raise RuntimeError("dirty log: it has its memory already")
         self.region = region
         self.c.map = region.host
         self.c.size = region.size

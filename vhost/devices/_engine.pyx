@@ -64,12 +64,13 @@ cdef class Engine:
         cfg.kick = queue.kick
         cfg.source = one.source
         cfg.call = queue.to_driver
+        self.attached[queue] = one  # first: from then on the worker has it
         with nogil:
             rc = engine_attach(&self.c, worker, one.engine, &cfg)
         if rc:
+            del self.attached[queue]
             why = "it belongs to the process that this one was forked from" if rc == -ESRCH else os.strerror(-rc)
             raise OSError(-rc, f"{queue.name}: cannot be attached to the engine: {why}")
-        self.attached[queue] = one
         return 0
 
     def detach(self, DeviceQueue queue not None):
