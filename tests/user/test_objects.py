@@ -374,6 +374,10 @@ def test_doorbell(path: Path, no_leaks: None) -> None:
         assert peer.run(lambda: device.withdraw_host_notifier(0, then=then)) is True
         assert frontend.host_notifiers == {}
         assert peer.run(lambda: device.offer_host_notifier(0, fd, 0, PAGE, then=then)) is True
+        known = frontend.host_notifiers
+        assert peer.run(lambda: device.offer_host_notifier(0, fd, 2 * PAGE, PAGE, then=then)) is False
+        assert frontend.host_notifiers == known, "what is refused changes nothing"
+        del known
         frontend.get_vring_base(0)
         assert frontend.host_notifiers == {}, "it was for the ring that has stopped"
 
