@@ -454,3 +454,24 @@ def test_answers_of_a_hostile_front_end(path: Path, no_leaks: None) -> None:
                     raw.ask(h.GET_FEATURES)
             assert device.heard[:2] == [None, None]
             os.close(device.heard[2])
+
+
+def test_a_table_that_has_one_of_the_objects_already_is_left_as_it_is(path: Path) -> None:
+    with peer_on(path) as peer:
+        first, second = uuid.uuid4(), uuid.uuid4()
+        frontend, other = peer.frontend, SharedObjects()
+        old = frontend.shared_objects
+        for object in (first, second):
+            old.add(object, frontend)
+        other.add(second, owner := Owner())
+        with pytest.raises(InvalidState, match=f"object {second} is exported already"):
+            frontend.shared_objects = other
+        assert frontend.shared_objects is old
+        assert (other.of(frontend), other.owner(second)) == ([], owner)
+        frontend.shared_objects = old
+        assert old.of(frontend) == [first, second]
+
+
+class Owner:
+    def get_shared_object(self, uuid: uuid.UUID) -> int | None:
+        return None

@@ -46,8 +46,14 @@ class FrontendObjects(FrontendBase):
     @shared_objects.setter
     def shared_objects(self, table: SharedObjects) -> None:
         old = self.shared_objects
-        for uuid in old.of(self):
-            table.add(uuid, self)
+        if table is old:
+            return
+        try:
+            for uuid in old.of(self):
+                table.add(uuid, self)
+        except InvalidState:
+            table.drop(self)
+            raise
         old.drop(self)
         self._shared_objects = table
 
