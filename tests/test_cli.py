@@ -237,9 +237,9 @@ def test_without_a_protocol_feature(tmp_path: Path) -> None:
 
 def test_messages() -> None:
     rows = json.loads(run("messages", "--json").stdout)
-    assert [row["id"] for row in rows] == [*range(1, 45), *range(1, 11), *range(1, 13)]
+    assert [row["id"] for row in rows] == [*range(1, 46), *range(1, 11), *range(1, 13)]
     lines = run("messages").stdout.splitlines()
-    assert len(lines) == 1 + 44 + 10 + 12
+    assert len(lines) == 1 + 45 + 10 + 12
     done = subprocess.run([*VHOST, "messages"], capture_output=True, check=True)
     assert not done.stderr
     with subprocess.Popen([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:

@@ -24,6 +24,7 @@ from vhost.user.spec import Role
 FRONTEND = "front-end"
 _RING = ("SET_VRING_NUM", "SET_VRING_ADDR", "SET_VRING_BASE", "SET_VRING_KICK")
 _TABLE = ("SET_MEM_TABLE", "ADD_MEM_REG")
+_STOPS = ("GET_VRING_BASE", "GET_VRING_BASE_SKIP_DRAIN")
 _LINTED: dict[linted.Rule, tuple[str, ...]] = {
     linted.VERSION: (),
     linted.FLAGS: (),
@@ -42,6 +43,7 @@ _LINTED: dict[linted.Rule, tuple[str, ...]] = {
     linted.BACKLOG: (),
     linted.NOT_OFFERED: ("SET_FEATURES", "SET_PROTOCOL_FEATURES"),
     linted.NOT_ASKED: ("SET_FEATURES", "SET_PROTOCOL_FEATURES"),
+    linted.COMPANIONS: ("SET_PROTOCOL_FEATURES",),
     linted.INBAND: ("SET_PROTOCOL_FEATURES",),
     linted.CHANGED: ("SET_FEATURES",),
     linted.OWNER: (),
@@ -203,10 +205,10 @@ def stop(stage: Stage) -> None:
         for ring in sorted(stage.started_rings(session)):
             last = [
                 event.detail["name"]
-                for event in stage.messages("SET_VRING_KICK", "GET_VRING_BASE", session=session)
+                for event in stage.messages("SET_VRING_KICK", *_STOPS, session=session)
                 if event.detail["payload"]["index"] == ring
             ][-1]
-            expect(last == "GET_VRING_BASE", f"session {session} ended with ring {ring} running")
+            expect(last in _STOPS, f"session {session} ended with ring {ring} running")
 
 
 @rule(

@@ -98,6 +98,9 @@ INBAND = _violation(
 CHANGED = _note("changed", _FRONT, "Features stay what they are while rings run, but for LOG_ALL.")
 OWNER = _note("owner", _FRONT, "SET_OWNER comes when a connection is new.")
 RESET_OWNER = _note("reset-owner", _FRONT, "RESET_OWNER is deprecated.")
+COMPANIONS = _violation(
+    "companions", _FRONT, "GET_VRING_BASE_INFLIGHT needs INFLIGHT_SHMFD, and ..._SKIP_DRAIN needs both."
+)
 # -- memory --------------------------------------------------------------------------------------------
 REGIONS = _note("regions", "Multiple Memory regions description", "A memory table has at most 8 regions.")
 REGION = _violation("region", "Memory region description", "A region is not empty and does not wrap around.")

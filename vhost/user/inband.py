@@ -18,14 +18,14 @@ from vhost._ring import signal_eventfd
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage
-from vhost.features import ProtocolF, feature_names
+from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, feature_names
 from vhost.user.handlers import Handlers
 from vhost.user.messages import BackendMsg
 from vhost.user.payloads import VringState
 from vhost.user.session import Message
 
 _INBAND = int(ProtocolF.INBAND_NOTIFICATIONS)
-COMPANIONS = int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK)
+COMPANIONS = PROTOCOL_COMPANIONS[_INBAND]
 """What the specification wants negotiated with it: a channel to call on, and answers to wait for."""
 
 KINDS = {"call": BackendMsg.BACKEND_VRING_CALL, "err": BackendMsg.BACKEND_VRING_ERR}
