@@ -152,7 +152,10 @@ def test_inherited_listener(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device, kind", [("blk", "block"), ("rng", "rng")])
 def test_print_capabilities(device: str, kind: str) -> None:
     """Whatever else is said, and however wrong that is (backend program conventions)."""
-    assert json.loads(run("serve", device, "--print-capabilities").stdout)["type"] == kind
+    wrong = ("--socket-path", "s", "--fd", "three", "--num-queues", "many", "--virgl", "word")
+    for words in ((), wrong[:2], wrong, (*wrong, "--blk-file")):
+        for order in (("--print-capabilities", *words), (*words, "--print-capabilities")):
+            assert json.loads(run("serve", device, *order).stdout)["type"] == kind
 
 
 def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
@@ -170,9 +173,36 @@ def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
         assert wrong[2:].replace("-", "_") in said
         assert "Traceback" not in said
     assert not path.exists()
-    long = tmp_path / ("x" * 120)
-    assert "Traceback" not in run("serve", "rng", "--socket-path", long, code=1).stderr
-    assert "Traceback" not in run("probe", path, code=1).stderr
+    for nowhere in (tmp_path / ("x" * 120), tmp_path / "none" / "s"):
+        for command in (
+            ("serve", "rng", "--socket-path", nowhere),
+            ("probe", nowhere),
+            ("trace", nowhere, path),
+        ):
+            said = run(*command, code=1).stderr
+            assert str(nowhere) in said, "whoever reads that has to know what is wrong"
+            assert "Traceback" not in said
+    assert str(path) in run("probe", path, code=1).stderr
+    assert "fd 77" in run("serve", "rng", "--fd", 77, code=1).stderr
+    assert "fd 1" in run("serve", "rng", "--fd", 1, code=1).stderr
+    assert "fd -1" in run("serve", "rng", "--fd", -1, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]
+)
+@pytest.mark.parametrize("listens", [False, True])
+def test_inherited_socket_of_another_kind(family: int, kind: int, listens: bool) -> None:
+    with socket.socket(family, kind) as sock:
+        if listens and kind == socket.SOCK_STREAM:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+        command = [*VHOST, "serve", "rng", "--fd", str(sock.fileno())]
+        done = subprocess.run(
+            command, pass_fds=[sock.fileno()], stderr=subprocess.PIPE, text=True, check=False, timeout=20
+        )
+        assert done.returncode == 1
+        assert done.stderr == f"vhost: fd {sock.fileno()} is no Unix stream socket\n"
 
 
 def test_out_of_descriptors(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     own, program = check.split_command(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own, argparse.Namespace(program=program))
+    args = parser().parse_args(serve.only_capabilities(own), argparse.Namespace(program=program))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:

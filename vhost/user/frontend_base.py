@@ -23,7 +23,7 @@ from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import EMPTY, U64, Payload
 from vhost.user.session import Channel, Message, Outgoing, Role, Session
 from vhost.user.spec import Answer, close_fds
-from vhost.user.transport import Transport
+from vhost.user.transport import Transport, naming
 
 log = logging.getLogger("vhost.frontend")
 
@@ -111,7 +111,8 @@ class FrontendBase(VhostOps):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout)
-            sock.connect(os.fspath(path))
+            with naming(path):
+                sock.connect(os.fspath(path))
         except BaseException:
             sock.close()
             raise
@@ -129,7 +130,8 @@ class FrontendBase(VhostOps):
         once it has."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.settimeout(timeout)
-            listener.bind(os.fspath(path))
+            with naming(path):
+                listener.bind(os.fspath(path))
             try:
                 listener.listen(1)
                 try:
