@@ -25,7 +25,10 @@ def rng(path: Path) -> tuple[str | Path, ...]:
 
 def test_list() -> None:
     rules = json.loads(check("--list", "--json").stdout)
-    assert len(rules) > 250
+    assert {rule["role"] for rule in rules} == {"back-end", "front-end"}
+    assert len(rules) > 330
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(rules)} rules for back-ends and front-ends" in readme
     assert {"id", "title", "section", "severity", "needs"} <= rules[0].keys()
     lines = check("--list", "--only", "ring").stdout.splitlines()
     assert len(lines) > 15
@@ -33,6 +36,16 @@ def test_list() -> None:
     front = check("--list", "--listen", "x").stdout
     assert "order.stop" in front
     assert "ring.num" not in front
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Known before the first rule is judged, not after the last."""
+    path = tmp_path / "s"
+    for where in (tmp_path / "none" / "j.xml", tmp_path):
+        done = check(path, "--only", "header", "--junit", where, *rng(path))
+        assert done.returncode == 2, done.stderr
+        assert str(where) in done.stderr
+        assert not done.stdout
 
 
 def test_all_kept(tmp_path: Path) -> None:
