@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,37 @@ def test_an_interrupted_reader(tmp_path: Path) -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    """1 would say that a rule failed."""
+    for arguments in (
+        (tmp_path / "s", "--run", tmp_path / "none"),
+        ("--listen", tmp_path / "none" / "s"),
+        ("--listen", tmp_path / "s", "--run", tmp_path / "none"),
+    ):
+        done = check(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("vhost check: ")
+        assert "none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "vhost: interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_check_that_is_ended(tmp_path: Path, number: int, code: int, words: str) -> None:
+    """Nothing of it is left, its program neither."""
+    path, pid = tmp_path / "s", tmp_path / "pid"
+    os.mkfifo(pid)
+    program = ("sh", "-c", f"echo $$ > {pid}; exec sleep 600")
+    with subprocess.Popen(
+        [*VHOST, "check", "--listen", str(path), "--run", *program], stderr=subprocess.PIPE, text=True
+    ) as running:
+        started = int(pid.read_text())
+        running.send_signal(number)
+        assert running.stderr is not None
+        assert running.stderr.read() == words
+        assert running.wait(20) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)
+    assert not path.exists()

@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `vhost messages | head` is no error; keep the interpreter from flushing into the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("vhost: interrupted", file=sys.stderr)
+        return 130  # as a shell says it
     except (VhostError, OSError) as error:
         print(f"vhost: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,10 +122,12 @@ def run_check(args: argparse.Namespace) -> int:
             return _cannot(str(error))
     stream = sys.stderr if args.json else sys.stdout
     progress = report.Progress(stream, len(rules), quiet=args.quiet or args.json)
+    # What follows --run has to end with us.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         judge = _judge_frontend if args.listen else _judge_backend
         about, results = judge(args, rules, progress)
-    except CannotRun as error:
+    except (CannotRun, OSError) as error:
         return _cannot(str(error))
     if args.junit:
         args.junit.write_bytes(report.junit(results, f"vhost check {args.socket or args.listen}"))
