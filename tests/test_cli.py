@@ -280,6 +280,14 @@ def test_messages() -> None:
         assert early.wait(20) == 0
 
 
+def test_without_a_standard_output() -> None:
+    """As some start their daemons."""
+    for arguments in ("messages", "serve rng --print-capabilities"):
+        command = f"{' '.join(VHOST)} {arguments} >&-"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_demo() -> None:
     out = run("demo", "--size", "4M", "--seconds", "0.1").stdout
     assert "ring: packed" in out

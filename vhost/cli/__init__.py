@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         result: int = args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no sys.stdout
         return result
     except BrokenPipeError:
         # `vhost messages | head` is no error; keep the interpreter from flushing into the pipe again.
