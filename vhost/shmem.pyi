@@ -5,10 +5,13 @@ from typing import Final, final
 
 from typing_extensions import Buffer
 
-__all__ = ["MAX_MAPPINGS", "ShmemRegion"]
+__all__ = ["MAX_MAPPINGS", "ShmemRegion", "unit_of"]
 
 MAX_MAPPINGS: Final = 4096
 """Of one region."""
+
+def unit_of(fd: int) -> int:
+    """In multiples of how many bytes the file is mapped; the kernel rounds up what is not."""
 
 @final
 class ShmemRegion:

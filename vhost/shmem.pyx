@@ -37,7 +37,7 @@ from vhost._core cimport iovec
 
 from vhost.errors import IncorrectFds, InvalidGuestMemory
 
-__all__ = ["MAX_MAPPINGS", "ShmemRegion"]
+__all__ = ["MAX_MAPPINGS", "ShmemRegion", "unit_of"]
 
 MAX_MAPPINGS = 4096
 
@@ -48,6 +48,10 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from "mapping_unit.h":
     uint64_t mapping_unit(int fd) nogil
+
+
+def unit_of(int fd):
+    return mapping_unit(fd)
 
 
 @cython.final

@@ -415,6 +415,29 @@ def test_doorbells_of_a_hostile_back_end(no_leaks: None) -> None:
         assert frontend.host_notifiers == {}
 
 
+def test_a_doorbell_is_no_huge_page(no_leaks: None) -> None:
+    """The kernel maps all of it, and takes back no part."""
+    fd = os.memfd_create("theirs", os.MFD_HUGETLB)
+    try:
+        os.ftruncate(fd, os.fstatvfs(fd).f_bsize)
+        mmap.mmap(fd, os.fstatvfs(fd).f_bsize).close()
+    except OSError as error:
+        os.close(fd)
+        pytest.skip(f"no huge pages: {error}")
+
+    def script(raw: RawBackend, channel: RawRequests) -> None:
+        raw.grant(h.SET_VRING_NUM)
+        got, _, _ = raw.receive()
+        assert channel.ask(HOST_NOTIFIER, area(0, PAGE, 0), [fd]) != 0
+        raw.reply(got, h.u64(0))
+
+    with asking(ProtocolF.HOST_NOTIFIER | ProtocolF.BACKEND_SEND_FD, script) as frontend:
+        frontend.set_vring_num(0, 8)
+        frontend.set_vring_num(0, 8)
+        assert frontend.host_notifiers == {}
+    os.close(fd)
+
+
 def test_descriptors_that_were_not_agreed_on(no_leaks: None) -> None:
     def script(raw: RawBackend, channel: RawRequests) -> None:
         raw.grant(h.SET_VRING_NUM)

@@ -14,7 +14,7 @@ import uuid as _uuid
 
 from vhost.errors import InactiveFeature, IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidState
 from vhost.features import ProtocolF
-from vhost.shmem import ShmemRegion
+from vhost.shmem import ShmemRegion, unit_of
 from vhost.user.frontend_base import FrontendBase
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import U64, MMap, SharedObject, ShmemConfig, VringArea
@@ -163,6 +163,8 @@ class FrontendObjects(FrontendBase):
 
     def _doorbell(self, area: VringArea, message: Message) -> mmap.mmap:
         try:
+            if unit_of(message.fds[0]) != PAGE:  # more would be mapped, and never unmapped
+                raise ValueError(f"the file is in pages of {unit_of(message.fds[0]):#x} bytes")
             return mmap.mmap(message.fds[0], PAGE, offset=area.offset)
         except (OSError, ValueError) as error:
             raise IncorrectFds(
