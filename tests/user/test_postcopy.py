@@ -396,12 +396,15 @@ def test_answers_that_do_not_fit(rows: list[tuple[int, int, int, int]], text: st
     del regions
 
 
-def test_a_userfaultfd_that_blocks(no_leaks: None) -> None:
-    """The back-end may make its open file block at any time; who looks for faults does not wait."""
+def test_a_userfaultfd_that_blocks(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The back-end may make its open file block at any time, and has the last word here; who looks for faults
+    does not wait."""
+    make_blocking = os.set_blocking
+    monkeypatch.setattr(os, "set_blocking", lambda fd, _: make_blocking(fd, True))
     theirs = PageFaults()
     found: list[object] = []
     with contextlib.closing(theirs), contextlib.closing(PageServer(os.dup(theirs.fileno()))) as pages:
-        os.set_blocking(theirs.fileno(), True)
+        make_blocking(theirs.fileno(), True)
         looking = threading.Thread(target=lambda: found.append(pages.faults()), daemon=True)
         looking.start()
         looking.join(20)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import struct
@@ -75,14 +76,24 @@ class PageServer:
 
     def faults(self) -> list[Missing]:
         """The pages that the back-end waits for, and did not a call ago; does not wait."""
-        # The back-end has the same open file, and may have made it wait: then even poll() has an event.
-        os.set_blocking(self._theirs, False)
+        data = memoryview(bytearray(FAULT.size * FAULTS_PER_READ))
         try:
-            data = os.read(self._theirs, FAULT.size * FAULTS_PER_READ)
+            size = self._read(data)
         except BlockingIOError:
             return []
-        found = (self._find(address) for event, _, address in FAULT.iter_unpack(data) if event == PAGEFAULT)
+        events = FAULT.iter_unpack(data[:size])
+        found = (self._find(address) for event, _, address in events if event == PAGEFAULT)
         return [missing for missing in found if missing is not None]
+
+    def _read(self, data: memoryview) -> int:
+        # The back-end has the same open file, and may make it wait, or read what poll() saw, at any time.
+        try:
+            return os.preadv(self._theirs, [data], -1, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # since Linux 6.10
+                raise
+            os.set_blocking(self._theirs, False)
+            return os.readv(self._theirs, [data])
 
     def place(self, region: Region, offset: int, data: bytes | bytearray | memoryview) -> bool:
         """These are the bytes at ``offset`` of the region, whole pages of its file; who waits for them goes
