@@ -529,7 +529,7 @@ def iommu(peer: Peer) -> None:
 @PROTOCOL.of(ProtocolF.PAGEFAULT)
 def postcopy(peer: Peer) -> None:
     """Pages that nobody touched yet come when it needs them. Memory has to be told with a table."""
-    frontend = peer.connect(protocol_features=int(WANTED | ProtocolF.PAGEFAULT))
+    frontend = peer.connect(protocol_features=int(WANTED & ~ProtocolF.CONFIGURE_MEM_SLOTS))
     pages = frontend.postcopy_advise()
     frontend.postcopy_listen()
     placed: list[int] = []

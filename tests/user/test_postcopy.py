@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -26,9 +27,10 @@ from rig import BASE, USER, Rig, eventfds
 from user import hostile as h
 from user.hostile import RawFrontend
 from user.test_frontend import RawBackend, backend
-from vhost.errors import InvalidMessage, ProtocolError
+from vhost.errors import InactiveFeature, InvalidMessage, ProtocolError
 from vhost.features import ProtocolF, VirtioF
 from vhost.memory import GuestMemory, Region
+from vhost.user import frontend_postcopy
 from vhost.user._userfault import PageFaults
 from vhost.user.frontend import WANTED
 from vhost.user.frontend_postcopy import PageServer
@@ -102,11 +104,10 @@ class Bringer(threading.Thread):
         os.close(self.stop)
 
 
-@pytest.mark.parametrize("slots", [False, True], ids=["table", "slots"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_a_disk_whose_memory_comes_page_by_page(packed: bool, slots: bool, serve: Serve, disk: Path) -> None:
+def test_a_disk_whose_memory_comes_page_by_page(packed: bool, serve: Serve, disk: Path) -> None:
     source, image = guest(packed)
-    features = int(WANTED) & ~(0 if slots else int(ProtocolF.CONFIGURE_MEM_SLOTS))
+    features = int(WANTED & ~ProtocolF.CONFIGURE_MEM_SLOTS)
     region = Region.allocate(SIZE, guest_addr=BASE, user_addr=USER)
     with (
         vhost.Frontend.connect(serve.path, protocol_features=features) as frontend,
@@ -371,8 +372,8 @@ def test_no_userfaultfd(fd: Callable[[], int], no_leaks: None) -> None:
 @pytest.mark.parametrize(
     "rows, text",
     [
-        ([(h.GUEST, SIZE, 0x1000, 0)], "answer for 1 regions, asked for 2"),
-        ([(h.GUEST, SIZE, 0x1000, 0), (h.GUEST, SIZE, 0x1000, 0)], "asked for guest_addr"),
+        ([(h.GUEST, SIZE, 0x1001, 0)], "answer for 1 regions, asked for 2"),
+        ([(h.GUEST, SIZE, 0x1001, 0), (h.GUEST, SIZE, 0x1000, 0)], "asked for guest_addr"),
         ([(h.GUEST, SIZE // 2, 0x1000, 0), (h.GUEST + SIZE, SIZE, 0x1000, 0)], "asked for guest_addr"),
         ([(h.GUEST, SIZE, 0x1001, 0), (h.GUEST + SIZE, SIZE, 0x1000, 0)], "not in pages of 4096"),
     ],
@@ -411,6 +412,39 @@ def test_a_userfaultfd_that_blocks(no_leaks: None, monkeypatch: pytest.MonkeyPat
         assert found == [[]]
 
 
+def test_no_post_copy_with_slots(no_leaks: None) -> None:
+    """What the back-end would do is unspecified, so it is not asked."""
+
+    def script(raw: RawBackend) -> None:
+        raw.handshake(h.PROTOCOL_FEATURES, int(ProtocolF.PAGEFAULT | ProtocolF.CONFIGURE_MEM_SLOTS))
+        with pytest.raises(EOFError):
+            raw.receive()
+
+    with backend(script) as sock, vhost.Frontend(sock) as frontend:
+        with pytest.raises(InactiveFeature, match="without CONFIGURE_MEM_SLOTS"):
+            frontend.postcopy_advise()
+
+
+def test_advice_that_fails_leaves_the_older_one(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def then(raw: RawBackend) -> None:
+        assert raw.receive()[0] == POSTCOPY_ADVISE
+        with contextlib.closing(PageFaults()) as theirs:
+            message = h.HEADER.pack(POSTCOPY_ADVISE, h.VERSION | h.REPLY, 0)
+            socket.send_fds(raw.sock, [message], [theirs.fileno()])
+
+    with advised(userfaultfd, then) as sock, vhost.Frontend(sock) as frontend:
+        pages = frontend.postcopy_advise()
+        monkeypatch.setattr(frontend_postcopy, "PageFaults", no_userfaultfd)
+        with pytest.raises(OSError, match="none left"):
+            frontend.postcopy_advise()
+        assert frontend.pages is pages
+        assert pages.faults() == []
+
+
+def no_userfaultfd() -> PageFaults:
+    raise OSError(errno.EMFILE, "none left")
+
+
 def test_pages_that_are_none(no_leaks: None) -> None:
     region = Region.allocate(SIZE, guest_addr=h.GUEST, user_addr=h.USER)
     with advised(userfaultfd, lambda raw: None) as sock, vhost.Frontend(sock) as frontend:
@@ -418,8 +452,10 @@ def test_pages_that_are_none(no_leaks: None) -> None:
         for offset, size in ((1, PAGE), (0, PAGE - 1), (-PAGE, PAGE), (SIZE, PAGE), (SIZE - PAGE, 2 * PAGE)):
             with pytest.raises(ValueError, match="not in it, or not in pages"):
                 pages.place(region, offset, bytes(size))
-        with pytest.raises(vhost.errors.InvalidGuestMemory, match="ends beyond all addresses"):
-            pages.know(region, (1 << 64) - PAGE)
+        for base in (1 << 63, (1 << 64) - PAGE):  # where no process has memory
+            text = f"at {base:#x} of the back-end: UFFDIO_WAKE"
+            with pytest.raises(vhost.errors.InvalidGuestMemory, match=text):
+                pages.know(region, base)
         assert pages.place(region, 0, b"\1" * PAGE), "before it is shared"
         assert not pages.place(region, 0, b"\2" * PAGE), "what is there stays"
         assert bytes(memoryview(region)[:1]) == b"\1"

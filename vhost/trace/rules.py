@@ -142,7 +142,7 @@ CONFIG_SIZE = _violation("config-size", "Virtio device config space", "A reply h
 CONFIG_FLAGS = _note("config-flags", "Virtio device config space", "The flags are 0 or 1.")
 STATUS = _violation("status", _FRONT, "A device status has 8 bits.")
 POSTCOPY = _violation("postcopy", _MIGRATION, "POSTCOPY_ADVISE, then LISTEN, then END.")
-POSTCOPY_SLOTS = _note(  # older texts say how ADD_MEM_REG is answered then, and QEMU 10.0 does it
+POSTCOPY_SLOTS = _note(  # older texts say how ADD_MEM_REG is answered then, and QEMU does it
     "postcopy-slots", _MIGRATION, "There is no post-copy where CONFIGURE_MEM_SLOTS was negotiated."
 )
 STATE_PHASE = _violation("state-phase", "Device state transfer parameters", "Direction 0 or 1, phase 0.")

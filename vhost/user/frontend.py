@@ -150,16 +150,14 @@ class Frontend(
                 self.remove_mem_region(region)
             for region in memory:
                 if region not in self._memory:
-                    self._add(region)
-            self._acknowledge(F.ADD_MEM_REG)
+                    self.add_mem_region(region)
         else:
             if len(memory) > MEM_TABLE_REGIONS:
                 raise InvalidGuestMemory(
                     f"{len(memory)} regions, limit {MEM_TABLE_REGIONS} without CONFIGURE_MEM_SLOTS"
                 )
             table = MemTable(tuple(self._describe(region) for region in memory))
-            self._share(F.SET_MEM_TABLE, table, memory)
-            self._acknowledge(F.SET_MEM_TABLE)
+            self._share(table, memory)
         self._memory = tuple(memory)
         self._guest_memory = memory
         self._map_memory(memory)
@@ -171,11 +169,7 @@ class Frontend(
         return MemoryRegion(region.guest_addr, region.size, user_addr, region.mmap_offset)
 
     def add_mem_region(self, region: Region) -> None:
-        self._add(region)
-        self._acknowledge(F.ADD_MEM_REG)
-
-    def _add(self, region: Region) -> None:
-        self._share(F.ADD_MEM_REG, SingleRegion(self._describe(region)), (region,))
+        self._send(F.ADD_MEM_REG, SingleRegion(self._describe(region)), (region.fd,))
         self._memory += (region,)
         self._guest_memory = GuestMemory(self._memory)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """Post-copy migration, as the destination's front-end leads it (vhost-user, "Migration").
 
+    frontend = Frontend.connect(path, protocol_features=WANTED & ~ProtocolF.CONFIGURE_MEM_SLOTS)
     pages = frontend.postcopy_advise()       # a thread of its own serves it: faults(), place()
     frontend.postcopy_listen()
     frontend.set_mem_table(memory)           # and everything else that starts the device
@@ -22,12 +23,20 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vhost.errors import IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidState, ProtocolError
+from vhost.errors import (
+    InactiveFeature,
+    IncorrectFds,
+    InvalidGuestMemory,
+    InvalidMessage,
+    InvalidState,
+    ProtocolError,
+)
+from vhost.features import ProtocolF
 from vhost.memory import Region
 from vhost.user._userfault import PageFaults, place, wake
 from vhost.user.frontend_base import FrontendBase
 from vhost.user.messages import FrontendMsg as F
-from vhost.user.payloads import U64, MemoryRegion, MemTable, SingleRegion
+from vhost.user.payloads import U64, MemTable
 
 log = logging.getLogger("vhost.frontend")
 
@@ -121,8 +130,13 @@ class PageServer:
         page = os.fstatvfs(region.fd).f_bsize
         if region.mmap_offset % page or region.size % page or base % page:
             raise InvalidGuestMemory(f"{region!r} at {base:#x} of the back-end: not in pages of {page}")
-        if base + region.size > 1 << 64:
-            raise InvalidGuestMemory(f"{region!r} at {base:#x} of the back-end: ends beyond all addresses")
+        if base:
+            try:
+                wake(self._theirs, base, region.size)  # nobody, but the kernel says whether it ever can
+            except OSError as error:
+                raise InvalidGuestMemory(
+                    f"{region!r} at {base:#x} of the back-end: {error.strerror}"
+                ) from error
         alias = next((known.alias for known in self._known if known.region is region), None)
         if alias is None:
             alias = Region.from_fd(
@@ -154,13 +168,17 @@ class PageServer:
 
 
 class FrontendPostcopy(FrontendBase):
-    """Needs protocol feature PAGEFAULT."""
+    """Needs protocol feature PAGEFAULT, and no CONFIGURE_MEM_SLOTS."""
 
     pages: PageServer | None = None
     """There from ``postcopy_advise`` to ``postcopy_end``."""
 
     def postcopy_advise(self) -> PageServer:
-        """A migration is coming that may go on as post-copy."""
+        """A migration is coming that may go on as post-copy. InactiveFeature if it cannot: with
+        CONFIGURE_MEM_SLOTS the specification has none."""
+        if self._has(ProtocolF.CONFIGURE_MEM_SLOTS):
+            text = "connect without CONFIGURE_MEM_SLOTS for post-copy"
+            raise InactiveFeature(text, request=F.POSTCOPY_ADVISE.name)
         if self.session.postcopy:
             raise InvalidState("post-copy is under way", request=F.POSTCOPY_ADVISE.name)
         reply = self._call(self.session.request(F.POSTCOPY_ADVISE))
@@ -172,8 +190,8 @@ class FrontendPostcopy(FrontendBase):
             link = os.readlink(f"/proc/self/fd/{reply.fds[0]}")
             if link != "anon_inode:[userfaultfd]":
                 raise IncorrectFds(f"{link} is no userfaultfd", request=F.POSTCOPY_ADVISE.name)
-            self._drop_pages()
             pages = PageServer(os.dup(reply.fds[0]))
+        self._drop_pages()
         self.pages = pages
         return pages
 
@@ -192,30 +210,26 @@ class FrontendPostcopy(FrontendBase):
         if status:
             raise ProtocolError(f"the back-end failed: status {status:#x}", request=F.POSTCOPY_END.name)
 
-    def _share(self, number: F, payload: MemTable | SingleRegion, regions: Sequence[Region]) -> None:
-        fds = [region.fd for region in regions]
+    def _share(self, table: MemTable, regions: Sequence[Region]) -> None:
+        request = self.session.request(F.SET_MEM_TABLE, table, [region.fd for region in regions])
+        reply = self._call(request)
+        if reply is not None:
+            reply.close()
         if not self.session.postcopy:
-            self._send(number, payload, fds)
             return
-        assert self.pages is not None
-        reply = self._call(self.session.request(number, payload, fds))
-        if reply is None:
-            raise ProtocolError("the message table knows no reply", request=number.name)
-        reply.close()
-        for asked, got, region in zip(_rows(payload), _rows(reply.payload), regions, strict=False):
-            if dataclasses.replace(got, user_addr=asked.user_addr) != asked:
-                raise InvalidMessage(f"answer for {got}, asked for {asked}", request=number.name)
-            self.pages.know(region, got.user_addr)
-        if len(_rows(reply.payload)) != len(regions):
+        assert reply is not None and self.pages is not None
+        got = reply.payload.regions
+        if len(got) != len(regions):
             raise InvalidMessage(
-                f"answer for {len(_rows(reply.payload))} regions, asked for {len(regions)}",
-                request=number.name,
+                f"answer for {len(got)} regions, asked for {len(regions)}", request=request.name
             )
-
-    def _acknowledge(self, number: F) -> None:
-        """We know where the back-end has the new regions: it may touch them now."""
-        if self.session.postcopy:
-            self._call(self.session.request(number, U64(0), need_reply=False))
+        for asked, answer in zip(table.regions, got, strict=True):
+            if dataclasses.replace(answer, user_addr=asked.user_addr) != asked:
+                raise InvalidMessage(f"answer for {answer}, asked for {asked}", request=request.name)
+        for region, answer in zip(regions, got, strict=True):
+            self.pages.know(region, answer.user_addr)
+        # We know where the back-end has the new regions: it may touch them now.
+        self._call(self.session.request(F.SET_MEM_TABLE, U64(0), need_reply=False))
 
     def _drop_pages(self) -> None:
         pages, self.pages = self.pages, None
@@ -225,7 +239,3 @@ class FrontendPostcopy(FrontendBase):
     def close(self) -> None:
         self._drop_pages()
         super().close()
-
-
-def _rows(payload: MemTable | SingleRegion) -> tuple[MemoryRegion, ...]:
-    return payload.regions if isinstance(payload, MemTable) else (payload.region,)
