@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import os
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from rig import BASE, USER, Rig, eventfds
 from user import hostile as h
 from user.hostile import RawFrontend
 from user.test_frontend import RawBackend, backend
-from vhost.errors import InactiveFeature, InvalidMessage, ProtocolError
+from vhost.errors import InactiveFeature, IncorrectFds, InvalidMessage, ProtocolError
 from vhost.features import ProtocolF, VirtioF
 from vhost.memory import GuestMemory, Region
 from vhost.user import frontend_postcopy
@@ -443,6 +446,56 @@ def test_advice_that_fails_leaves_the_older_one(no_leaks: None, monkeypatch: pyt
 
 def no_userfaultfd() -> PageFaults:
     raise OSError(errno.EMFILE, "none left")
+
+
+FORKER = """
+import ctypes, mmap, os, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+UFFD_API, UFFDIO_API, UFFDIO_REGISTER, EVENT_FORK, MISSING = 0xAA, 0xC018AA3F, 0xC020AA00, 1 << 1, 1
+fd = libc.syscall({number}, os.O_CLOEXEC | os.O_NONBLOCK)
+api = ctypes.create_string_buffer(struct.pack("=QQQ", UFFD_API, EVENT_FORK, 0))
+memory = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+area = ctypes.create_string_buffer(struct.pack("=QQQQ", start, 4096, MISSING, 0))
+ok = fd >= 0 and not libc.ioctl(fd, UFFDIO_API, api) and not libc.ioctl(fd, UFFDIO_REGISTER, area)
+socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"y" if ok else b"n"], [max(fd, 0)])
+if ok and not os.fork():
+    os._exit(0)
+"""
+"""A process that has its forks told by its userfaultfd."""
+SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+
+
+def test_the_forks_of_a_back_end_are_not_kept(no_leaks: None) -> None:
+    """Who reads of a fork gets a descriptor for it."""
+    number = SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        pytest.skip("userfaultfd has another number here")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = [sys.executable, "-c", FORKER.format(number=number), str(theirs.fileno())]
+        with subprocess.Popen(program, pass_fds=[theirs.fileno()]) as process:
+            word, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            with contextlib.closing(PageServer(fds[0])) as pages:
+                if word == b"n":
+                    pytest.skip("the kernel tells us of no forks")
+                with select.epoll() as poll:
+                    poll.register(pages.fileno(), select.EPOLLIN)
+                    assert poll.poll(20)
+                assert pages.faults() == []
+            assert process.wait(20) == 0
+
+
+def test_a_userfaultfd_that_was_not_set_up(no_leaks: None) -> None:
+    number = SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        pytest.skip("userfaultfd has another number here")
+    raw = ctypes.CDLL(None).syscall
+    sock = advised(lambda: raw(number, os.O_CLOEXEC), lambda _: None)
+    with sock as end, vhost.Frontend(end) as frontend:
+        with pytest.raises(IncorrectFds, match="userfaultfd"):
+            frontend.postcopy_advise()
+        assert frontend.pages is None
 
 
 def test_pages_that_are_none(no_leaks: None) -> None:

@@ -41,8 +41,8 @@ from vhost.user.payloads import U64, MemTable
 log = logging.getLogger("vhost.frontend")
 
 FAULT = struct.Struct("=B7xQQ8x")
-"""struct uffd_msg: event, flags, address."""
-PAGEFAULT = 0x12
+"""struct uffd_msg: event; flags and address of a fault, or the descriptor that reading of a fork makes."""
+PAGEFAULT, FORK = 0x12, 0x13
 FAULTS_PER_READ = 64
 
 
@@ -90,9 +90,13 @@ class PageServer:
             size = self._read(data)
         except BlockingIOError:
             return []
-        events = FAULT.iter_unpack(data[:size])
-        found = (self._find(address) for event, _, address in events if event == PAGEFAULT)
-        return [missing for missing in found if missing is not None]
+        found = []
+        for event, what, address in FAULT.iter_unpack(data[:size]):
+            if event == FORK:  # which nobody asked it to be told of
+                os.close(what & 0xFFFFFFFF)
+            elif event == PAGEFAULT and (missing := self._find(address)) is not None:
+                found.append(missing)
+        return found
 
     def _read(self, data: memoryview) -> int:
         # The back-end has the same open file, and may make it wait, or read what poll() saw, at any time.
@@ -191,6 +195,12 @@ class FrontendPostcopy(FrontendBase):
             if link != "anon_inode:[userfaultfd]":
                 raise IncorrectFds(f"{link} is no userfaultfd", request=F.POSTCOPY_ADVISE.name)
             pages = PageServer(os.dup(reply.fds[0]))
+        try:
+            pages.faults()
+        except OSError as error:
+            pages.close()
+            text = f"a userfaultfd that cannot be read: {error.strerror}"
+            raise IncorrectFds(text, request=F.POSTCOPY_ADVISE.name) from error
         self._drop_pages()
         self.pages = pages
         return pages
