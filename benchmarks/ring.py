@@ -12,24 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import random
 import struct
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
-from benchmarks import harness, ring_python
-from benchmarks.harness import Aim, Samples
+from benchmarks import harness, limits, ring_python
+from benchmarks.facts import BATCH, ENGINE, ENGINE_BATCH, FLOOR, ITERATE, PLAIN, REQUEST
+from benchmarks.harness import NS, Case, Cases, Suite, Table, again, cell
 from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue
-
-HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
 
 NUM = 1024
 ROUND = 256  # chains laid out at once; a batch divides it
@@ -46,10 +40,7 @@ AREA = 40 << 10  # one case's ring, headers and status bytes, all in region 0
 AVAIL, USED, SMALL = 16 << 10, 19 << 10, 28 << 10
 POOL = 4096  # data addresses to walk through
 
-FLOOR, AGAIN = "C floor, unchecked", "C floor again (A/A)"
-ENGINE, ENGINE_BATCH = "C engine", "C engine, pop_batch"
-ITERATE, BATCH = "for chain in queue", "pop_batch, push_batch"
-REQUEST, PLAIN = "full request in Python", "plain Python"
+AGAIN = again(FLOOR)
 CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, ITERATE, BATCH, REQUEST, PLAIN)
 
 SAMPLE_NS = 2_000_000  # about what one sample shall take
@@ -65,27 +56,23 @@ GUESS = {
 }
 
 
+TITLE = (
+    "What a chain of a 16-byte header, 4096 bytes of data and a status byte costs a device: popped, walked, "
+    f"translated, pushed, and one decision to notify a batch; rings of {NUM}."
+)
+TABLES = tuple(
+    Table(f"{form} ring", NS, rows=("subject",), columns=("regions", "batch"), where={"format": form})
+    for form in FORMATS
+)
+
+
 def build() -> ctypes.CDLL:
-    """Compile the floor and csrc, with the flags of the real build, once per state of the sources."""
-    sources = [HERE / "ring_floor.c", HERE / "ring_engine.c"]
-    sources += sorted(path for path in CSRC.glob("*.c") if not path.name.startswith("engine_"))
-    flags = ["-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", f"-I{CSRC}", f"-I{HERE}"]
-    # Calls between the files are direct, as in the extension modules, where they are hidden.
-    flags += ["-fno-semantic-interposition", "-Wl,-Bsymbolic"]
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for path in [*sources, *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.h"))]:
-        digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvhost" / "benchmarks"
-    cache.mkdir(parents=True, exist_ok=True)
-    library = cache / f"ring-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / library.name
-            subprocess.run(["gcc", *flags, *map(str, sources), "-o", str(made)], check=True)
-            made.replace(library)
-    lib = ctypes.CDLL(str(library))
+    """The floor and csrc, with the flags of the real build."""
+    here = harness.HERE
+    lib = harness.library("ring", [here / "ring_floor.c", here / "ring_engine.c", *harness.rings()])
     pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_bool
-    for name, result, *arguments in (
+    return harness.declare(
+        lib,
         ("ring_new", pointer, flag, u32, pointer, pointer, pointer, pointer, u32, u32, u64, pointer, u32),
         ("ring_delete", None, pointer),
         ("ring_refill", None, pointer, u32, u32),
@@ -96,10 +83,7 @@ def build() -> ctypes.CDLL:
         ("ring_engine_new", ctypes.c_int, pointer),
         ("ring_engine_delete", None, pointer),
         ("ring_engine_run", u64, pointer, flag, u32, u32, u32),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+    )
 
 
 class GuestRegion(ctypes.Structure):
@@ -315,12 +299,6 @@ def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
     return measure
 
 
-Key = tuple[str, int, int, str]  # format, regions, batch, case
-
-
-Cases = dict[Key, Callable[[], float]]
-
-
 def make_cases(lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
     cases: Cases = {}
     for nregions in regions:
@@ -331,75 +309,24 @@ def make_cases(lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, .
                 make = python_case if name in PYTHON else c_case
                 measure = make(Ring(lib, arena, form == "packed"), idle, name)
                 for batch in batches:
-                    cases[form, nregions, batch, name] = functools.partial(measure, batch)
+                    case = Case(name, cell(format=form, regions=nregions, batch=batch))
+                    cases[case] = functools.partial(measure, batch)
 
     # Cases and region counts side by side: the ratios that count are between neighbours.
-    def order(key: Key) -> tuple[str, int, int, int]:
-        form, nregions, batch, name = key
-        return form, batch, CASES.index(name), nregions
+    def order(case: Case) -> tuple[object, ...]:
+        axes = dict(case.cell)
+        return axes["format"], axes["batch"], CASES.index(case.subject), axes["regions"]
 
-    return {key: cases[key] for key in sorted(cases, key=order)}
-
-
-AIMS = (
-    (Aim("C engine / floor", 4), ENGINE_BATCH, FLOOR),
-    (Aim("for chain in queue / floor", 12), ITERATE, FLOOR),
-    (Aim("full request in Python / floor", 30), REQUEST, FLOOR),
-    (Aim("plain Python / C engine", 50, at_least=True), PLAIN, ENGINE_BATCH),
-    (Aim("plain Python / for chain in queue", 40, at_least=True), PLAIN, ITERATE),
-    (Aim("plain Python / full request in Python", 20, at_least=True), PLAIN, REQUEST),
-)
+    return {case: cases[case] for case in sorted(cases, key=order)}
 
 
-def judge(results: dict[Key, Samples], regions: tuple[int, ...]) -> list[tuple[Aim, Samples]]:
-    """The aims are for batches of 32: one region, then the most regions against one."""
-    judged = []
-    for form in FORMATS:
-        for aim, over, under in AIMS:
-            pair = harness.ratio(results[form, 1, 32, over], results[form, 1, 32, under])
-            judged.append((Aim(f"{form}: {aim.what}", aim.limit, aim.at_least), pair))
-        for name in (ENGINE_BATCH, ITERATE):
-            many = harness.ratio(results[form, regions[-1], 32, name], results[form, 1, 32, name])
-            judged.append((Aim(f"{form}: {name}, {regions[-1]} regions / 1", 1.3), many))
-        control = harness.ratio(results[form, 1, 32, AGAIN], results[form, 1, 32, FLOOR])
-        judged.append((Aim(f"{form}: A/A control, floor / floor", 1.05), control))
-    return judged
-
-
-def run(*, quick: bool) -> dict[str, Any]:
-    regions = (1, 509) if quick else REGIONS
-    batches = (32,) if quick else BATCHES
+def run(suite: Suite) -> None:
+    regions = (1, 64, 509) if suite.quick else REGIONS
+    batches = (1, 32) if suite.quick else BATCHES
     lib = build()
     harness.raise_fd_limit()
-    with harness.pinned_to(harness.cores()[1]):
-        calibration = harness.Calibration()
+    with ExitStack() as stack:
+        stack.enter_context(harness.pinned_to(harness.cores()[1]))
         cases = make_cases(lib, regions, batches)
-        results = harness.interleave(
-            cases,
-            9 if quick else 15,
-            calibration,
-            budget=25 if quick else 100,
-            progress=harness.show_progress("ring"),
-        )
-    for form in FORMATS:
-        columns = [(nregions, batch) for nregions in regions for batch in batches]
-        headers = [f"{form}, ns a chain", *(f"{nregions}r/{batch}" for nregions, batch in columns), "+-%"]
-        rows = []
-        for name in CASES:
-            picked = [results[form, nregions, batch, name] for nregions, batch in columns]
-            spread = max(samples.spread() for samples in picked) * 100
-            rows.append([name, *(harness.number(samples.median()) for samples in picked), f"{spread:.0f}"])
-        title = f"{form} ring, {NUM} entries; columns: regions / batch; +-: worst MAD"
-        print(harness.table(headers, rows, title))
-    judged = judge(results, regions)
-    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged], "batch 32"))
-    noisy = sum(samples.noisy for samples in results.values())
-    print(f"samples: {calibration.taken} taken, {calibration.rejected} thrown away, {noisy} noisy ones kept")
-    return {
-        "ns_per_chain": [
-            {"format": key[0], "regions": key[1], "batch": key[2], "case": key[3], **samples.as_json()}
-            for key, samples in results.items()
-        ],
-        "aims": [aim.as_json(samples) for aim, samples in judged],
-        "samples": {"taken": calibration.taken, "rejected": calibration.rejected, "noisy": noisy},
-    }
+        cases |= harness.limit_cases(stack, limits.LINE, limits.SYSCALL, limits.COPY_4K)
+        suite.interleave(cases, NS, 9 if suite.quick else 15, budget=40 if suite.quick else 120)
