@@ -36,6 +36,7 @@ from peers.catalogue import (
     CONTRIB_BLK,
     KERNEL_HEADERS,
     LIBBLKIO,
+    LIBVHOST_USER,
     PEERS,
     QEMU_PPC,
     UML,
@@ -58,7 +59,7 @@ def unpack(apt: Apt, name: str, suite: str, into: Path) -> None:
 
 
 def install_contrib_blk(apt: Apt, suite: str) -> None:
-    """QEMU's sample back-end, from Debian's source package with gcc alone and a shim of headers."""
+    """QEMU's sample back-end, and the library that it is made with, from Debian's source package with gcc alone and a shim of headers."""
     say("contrib/vhost-user-blk: download QEMU's source and build")
     folder = CACHE / "qemu-source"
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,6 +94,10 @@ def install_contrib_blk(apt: Apt, suite: str) -> None:
         *run("pkg-config", "--cflags", "--libs", "glib-2.0").split(),
         "-lpthread",
     )
+    # What the benchmarks compile together with their own use of it.
+    shutil.rmtree(LIBVHOST_USER, ignore_errors=True)
+    shutil.copytree(library, LIBVHOST_USER)  # links are followed: the standard headers come with it
+    (LIBVHOST_USER / "complete").write_text("\n")
     shutil.rmtree(folder)
 
 
@@ -139,7 +144,7 @@ def main() -> int:
             tools += ["lz4", "zstd"]  # images are packed with them
         if any(kernel.builds for kernel in kernels):
             tools += BUILD_PACKAGES
-        if "contrib-vhost-user-blk" in todo:
+        if {"contrib-vhost-user-blk", "libvhost-user"} & set(todo):
             tools += ["pkg-config", "libglib2.0-dev"]
         if tools:
             say(f"apt-get install {' '.join(tools)}")
@@ -162,7 +167,7 @@ def main() -> int:
         unpack(apt, "virtiofsd", blkio_suite, VIRTIOFSD)
     if "kernel-headers" in todo:
         unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
-    if "contrib-vhost-user-blk" in todo and all(map(shutil.which, ("gcc", "pkg-config"))):
+    if {"contrib-vhost-user-blk", "libvhost-user"} & set(todo) and all(map(shutil.which, ("gcc", "pkg-config"))):
         install_contrib_blk(apt, qemu_suite)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
     todo = missing()

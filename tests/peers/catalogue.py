@@ -24,6 +24,7 @@ UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; un
 VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
 QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
+LIBVHOST_USER = CACHE / "libvhost-user"  # its source, from QEMU's
 VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
 BUSYBOX = Path("/bin/busybox")
 
@@ -134,6 +135,7 @@ PEERS: dict[str, Peer] = {
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
+        Peer("libvhost-user", ("qemu (source)",), _file(LIBVHOST_USER / "complete")),
         Peer("virtiofsd", ("virtiofsd", *VIRTIOFSD_LIBRARIES), _file(VIRTIOFSD / "complete")),
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
