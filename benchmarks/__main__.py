@@ -107,7 +107,8 @@ def report(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(whole, indent=1) + "\n")
         options.html.write_text(page.page(what, date, sections))
     count = {word: verdicts.count(word) for word in (MET, NOT_MET, INSIDE, NOT_MEASURED)}
-    terminal.say("aims: " + ", ".join(f"{n} {word}" for word, n in count.items() if n))
+    said = ", ".join(f"{n} {word}" for word, n in count.items() if n)
+    terminal.say(f"aims: {said or 'none'}")
     terminal.say(f"figures: {options.json}  page: {options.html}")
     return 0
 

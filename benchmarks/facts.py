@@ -20,6 +20,7 @@ ITERATE, BATCH = "for chain in queue", "pop_batch, push_batch"
 REQUEST = "full request in Python"
 # virtqueue, ring
 LIBVHOST_USER, RUST = "libvhost-user (C)", "virtio-queue (Rust)"
+RUST_LTO = f"{RUST}, LTO"
 # block, net
 OURS, QSD, CONTRIB = "pyvhost", "qemu-storage-daemon", "contrib/vhost-user-blk"
 NULL, FILE = "null", "tmpfs file"
@@ -109,6 +110,8 @@ FACTS = (
     Fact("virtqueue", RUST, ENGINE, NS, at_least=5),
     Fact("virtqueue", LIBVHOST_USER, ENGINE, NS, at_least=1.2),
     Fact("virtqueue", RUST, BATCH, NS, at_least=1),
+    Fact("virtqueue", RUST_LTO, ENGINE, NS),
+    Fact("virtqueue", RUST_LTO, BATCH, NS),
     # 4 KiB random read and write, depth 1, 32, 128, polling and eventfd.
     Fact("block", OURS, CONTRIB, KIOPS, at_least=1.1, where={"device": FILE}),
     Fact("block", OURS, QSD, KIOPS, at_least=2.5, where={"device": FILE}),

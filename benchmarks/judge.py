@@ -6,6 +6,7 @@ Pure: takes series and facts, prints nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,9 +63,12 @@ class Outcome:
 
     @property
     def telling(self) -> Judged | None:
-        """The cell that decides: the farthest on the wrong side, or on the right one for `some`."""
+        """The cell that decides: the farthest on the wrong side, or on the right one for `some`; without a
+        limit the one farthest from 1."""
         if not self.cells:
             return None
+        if self.fact.limit is None:
+            return max(self.cells, key=lambda one: abs(math.log(one.value)) if one.value > 0 else math.inf)
         lowest = (self.fact.at_most is None) != self.fact.some
         return (min if lowest else max)(self.cells, key=lambda one: one.value)
 

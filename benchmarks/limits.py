@@ -147,7 +147,7 @@ DISTANCES = (
     Distance("net", (OURS, DPDK), MPPS, (COPY_64,), {"size": 64}),
     Distance("net", (OURS, DPDK), MPPS, (COPY_1500,), {"size": 1500}),
     Distance("session", (BLK,), US, (SOCKET,), {"what": "GET_FEATURES", "placement": "two cores"}),
-    Distance("kernel", (IOCTL, ROW, METHOD), US, (SYSCALL,), {"ioctl": "GET_FEATURES"}),
+    Distance("kernel", (IOCTL, ROW, METHOD), US, (SYSCALL,), {"ioctl": "VHOST_GET_FEATURES"}),
 )
 
 
