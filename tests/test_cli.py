@@ -152,7 +152,10 @@ def test_inherited_listener(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device, kind", [("blk", "block"), ("rng", "rng")])
 def test_print_capabilities(device: str, kind: str) -> None:
     """Whatever else is said, and however wrong that is (backend program conventions)."""
-    assert json.loads(run("serve", device, "--print-capabilities").stdout)["type"] == kind
+    wrong = ("--socket-path", "s", "--fd", "three", "--num-queues", "many", "--virgl", "word")
+    for words in ((), wrong[:2], wrong, (*wrong, "--blk-file")):
+        for order in (("--print-capabilities", *words), (*words, "--print-capabilities")):
+            assert json.loads(run("serve", device, *order).stdout)["type"] == kind
 
 
 def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
@@ -170,9 +173,36 @@ def test_wrong_arguments(tmp_path: Path, image: Path) -> None:
         assert wrong[2:].replace("-", "_") in said
         assert "Traceback" not in said
     assert not path.exists()
-    long = tmp_path / ("x" * 120)
-    assert "Traceback" not in run("serve", "rng", "--socket-path", long, code=1).stderr
-    assert "Traceback" not in run("probe", path, code=1).stderr
+    for nowhere in (tmp_path / ("x" * 120), tmp_path / "none" / "s"):
+        for command in (
+            ("serve", "rng", "--socket-path", nowhere),
+            ("probe", nowhere),
+            ("trace", nowhere, path),
+        ):
+            said = run(*command, code=1).stderr
+            assert str(nowhere) in said, "whoever reads that has to know what is wrong"
+            assert "Traceback" not in said
+    assert str(path) in run("probe", path, code=1).stderr
+    assert "fd 77" in run("serve", "rng", "--fd", 77, code=1).stderr
+    assert "fd 1" in run("serve", "rng", "--fd", 1, code=1).stderr
+    assert "fd -1" in run("serve", "rng", "--fd", -1, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]
+)
+@pytest.mark.parametrize("listens", [False, True])
+def test_inherited_socket_of_another_kind(family: int, kind: int, listens: bool) -> None:
+    with socket.socket(family, kind) as sock:
+        if listens and kind == socket.SOCK_STREAM:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+        command = [*VHOST, "serve", "rng", "--fd", str(sock.fileno())]
+        done = subprocess.run(
+            command, pass_fds=[sock.fileno()], stderr=subprocess.PIPE, text=True, check=False, timeout=20
+        )
+        assert done.returncode == 1
+        assert done.stderr == f"vhost: fd {sock.fileno()} is no Unix stream socket\n"
 
 
 def test_out_of_descriptors(tmp_path: Path) -> None:
@@ -237,9 +267,9 @@ def test_without_a_protocol_feature(tmp_path: Path) -> None:
 
 def test_messages() -> None:
     rows = json.loads(run("messages", "--json").stdout)
-    assert [row["id"] for row in rows] == [*range(1, 45), *range(1, 11), *range(1, 13)]
+    assert [row["id"] for row in rows] == [*range(1, 46), *range(1, 11), *range(1, 13)]
     lines = run("messages").stdout.splitlines()
-    assert len(lines) == 1 + 44 + 10 + 12
+    assert len(lines) == 1 + 45 + 10 + 12
     done = subprocess.run([*VHOST, "messages"], capture_output=True, check=True)
     assert not done.stderr
     with subprocess.Popen([*VHOST, "messages"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:
@@ -248,6 +278,14 @@ def test_messages() -> None:
         assert early.stderr is not None
         assert not early.stderr.read()
         assert early.wait(20) == 0
+
+
+def test_without_a_standard_output() -> None:
+    """As some start their daemons."""
+    for arguments in ("messages", "serve rng --print-capabilities"):
+        command = f"{' '.join(VHOST)} {arguments} >&-"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_demo() -> None:

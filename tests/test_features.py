@@ -23,12 +23,13 @@ from vhost.features import (
 PROTOCOL_FEATURES = """
     MQ LOG_SHMFD RARP REPLY_ACK MTU BACKEND_REQ CROSS_ENDIAN CRYPTO_SESSION PAGEFAULT
     CONFIG BACKEND_SEND_FD HOST_NOTIFIER INFLIGHT_SHMFD RESET_DEVICE INBAND_NOTIFICATIONS CONFIGURE_MEM_SLOTS
-    STATUS XEN_MMAP SHARED_OBJECT DEVICE_STATE GET_VRING_BASE_INFLIGHT GPA_ADDRESSES SHMEM_MAP""".split()  # noqa: SIM905
+    STATUS XEN_MMAP SHARED_OBJECT DEVICE_STATE GET_VRING_BASE_INFLIGHT GPA_ADDRESSES SHMEM_MAP
+    GET_VRING_BASE_SKIP_DRAIN""".split()  # noqa: SIM905
 
 
-def test_protocol_features_are_bits_0_to_22_in_order() -> None:
+def test_protocol_features_are_bits_0_to_23_in_order() -> None:
     assert [feature.name for feature in ProtocolF] == PROTOCOL_FEATURES
-    assert [feature.value for feature in ProtocolF] == [1 << bit for bit in range(23)]
+    assert [feature.value for feature in ProtocolF] == [1 << bit for bit in range(24)]
 
 
 def test_old_names_find_the_new_ones() -> None:

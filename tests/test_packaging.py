@@ -54,7 +54,7 @@ def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel, cwd=tmp_path)
     assert str(tmp_path) in run(python, "-c", SMOKE, cwd=tmp_path)
     rows = json.loads(run(tmp_path / "venv" / "bin" / "vhost", "messages", "--json", cwd=tmp_path))
-    assert len(rows) == 44 + 10 + 12  # front-end, back-end, GPU
+    assert len(rows) == 45 + 10 + 12  # front-end, back-end, GPU
     usage = run(python, "-m", "vhost", "--help", cwd=tmp_path)
     assert "serve" in usage
     assert "probe" in usage

@@ -186,3 +186,21 @@ def test_limits(region: ShmemRegion) -> None:
     for use in (lambda: many.read(0, 1), lambda: many.unmap_all(), lambda: many.map(0, PAGE, 0)):
         with pytest.raises(InvalidGuestMemory, match="closed"):
             use()
+
+
+def test_a_file_of_huge_pages_takes_no_more_than_was_asked_for(no_leaks: None) -> None:
+    """The kernel rounds its mappings up, over whatever is behind them."""
+    try:
+        fd = os.memfd_create("theirs", os.MFD_HUGETLB)
+    except OSError as error:
+        pytest.skip(f"no huge pages: {error}")
+    huge = os.fstatvfs(fd).f_bsize
+    region = ShmemRegion(0, 2 * huge)
+    try:
+        os.ftruncate(fd, huge)
+        with pytest.raises(InvalidGuestMemory, match=f"size {PAGE:#x}: no multiple of {huge:#x}"):
+            region.map(0, PAGE, fd)
+        assert region.mappings == ()
+    finally:
+        region.close()
+        os.close(fd)

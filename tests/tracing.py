@@ -23,7 +23,7 @@ EVENTFD = FdInfo("eventfd")
 MEMFD = FdInfo("memfd", "ram", 1 << 40)
 SOCKET = FdInfo("socket")
 ALL_FEATURES = (1 << 64) - 1
-ALL_PROTOCOL = (1 << 23) - 1
+ALL_PROTOCOL = (1 << 24) - 1
 MICROSECOND = 1000
 
 

@@ -101,11 +101,31 @@ class ProtocolF(IntFlag):
     GET_VRING_BASE_INFLIGHT = 1 << 20
     GPA_ADDRESSES = 1 << 21
     SHMEM_MAP = 1 << 22
+    GET_VRING_BASE_SKIP_DRAIN = 1 << 23
     # Other names for the same bits, older or elsewhere in the specification.
     NET_MTU = MTU
     SLAVE_REQ = BACKEND_REQ
     SLAVE_SEND_FD = BACKEND_SEND_FD
     SHMEM = SHMEM_MAP
+
+
+PROTOCOL_COMPANIONS: dict[int, int] = {
+    int(ProtocolF.INBAND_NOTIFICATIONS): int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK),
+    int(ProtocolF.GET_VRING_BASE_INFLIGHT): int(ProtocolF.INFLIGHT_SHMFD),
+    int(ProtocolF.GET_VRING_BASE_SKIP_DRAIN): int(
+        ProtocolF.INFLIGHT_SHMFD | ProtocolF.GET_VRING_BASE_INFLIGHT
+    ),
+}
+"""Protocol features that must not be negotiated without these others, as masks."""
+
+
+def missing_companions(protocol_features: int) -> dict[int, int]:
+    """By protocol feature: which of its companions are not among these."""
+    return {
+        feature: needed & ~protocol_features
+        for feature, needed in PROTOCOL_COMPANIONS.items()
+        if protocol_features & feature and needed & ~protocol_features
+    }
 
 
 @_plain_complement

@@ -35,19 +35,7 @@ __all__ = ["MAX_REGIONS", "GuestMemory", "Region", "has_sigbus_handler", "instal
 MAX_REGIONS = GUEST_MEMORY_MAX_REGIONS
 
 
-cdef extern from *:
-    """
-    #include <sys/vfs.h>
-    /* Mappings of hugetlbfs begin and end at its page size, whatever that of the processor is. */
-    static uint64_t mapping_unit(int fd)
-    {
-    	struct statfs fs;
-
-    	if (!fstatfs(fd, &fs) && fs.f_type == 0x958458f6 /* HUGETLBFS_MAGIC */ && fs.f_bsize > 0)
-    		return fs.f_bsize;
-    	return sysconf(_SC_PAGESIZE);
-    }
-    """
+cdef extern from "mapping_unit.h":
     uint64_t mapping_unit(int fd) nogil
 
 

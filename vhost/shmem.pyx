@@ -46,6 +46,10 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t process_vm_writev(pid_t, const iovec *, unsigned long, const iovec *, unsigned long, unsigned long)
 
 
+cdef extern from "mapping_unit.h":
+    uint64_t mapping_unit(int fd) nogil
+
+
 @cython.final
 cdef class ShmemRegion:
     cdef readonly int shmid
@@ -106,9 +110,11 @@ cdef class ShmemRegion:
         cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef uint64_t start, count
         self.check(offset, length)
+        # With MAP_FIXED, a length that the kernel rounds up takes away what is behind it, ours or not.
+        cdef uint64_t unit = mapping_unit(fd)
         for what, value in (("offset", offset), ("size", length), ("file offset", fd_offset)):
-            if value % _mmap.PAGESIZE:
-                raise InvalidGuestMemory(f"{self.name()}: {what} {value:#x}: no multiple of {_mmap.PAGESIZE:#x}")
+            if value % unit:
+                raise InvalidGuestMemory(f"{self.name()}: {what} {value:#x}: no multiple of {unit:#x}")
         if not 0 <= fd_offset < 1 << 63:
             raise InvalidGuestMemory(f"{self.name()}: file offset {fd_offset:#x}: no file is that large")
         found = bisect_right(self.starts, offset)

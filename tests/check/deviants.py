@@ -7,8 +7,10 @@ A rule that no deviant breaks could be one that cannot fail.
 from __future__ import annotations
 
 import os
+import select
 from typing import Any
 
+from vhost.devices.rings import Ring
 from vhost.errors import VhostError
 from vhost.features import Status
 from vhost.user.backend import Backend
@@ -223,6 +225,15 @@ class OldKick(Backend):
     def set_vring_kick(self, message: Message) -> None:
         if not self._ring(message).started:
             super().set_vring_kick(message)
+
+
+@breaks("state.kick-not-needed")
+class WaitsForAKick(Backend):
+    def start_if_ready(self, ring: Ring) -> None:
+        if ring.kick < 0 or select.select([ring.kick], [], [], 0)[0]:
+            super().start_if_ready(ring)
+        else:
+            self._watch_kick(ring)
 
 
 @breaks("ring.kick-nofd")

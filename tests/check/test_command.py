@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,10 @@ def rng(path: Path) -> tuple[str | Path, ...]:
 
 def test_list() -> None:
     rules = json.loads(check("--list", "--json").stdout)
-    assert len(rules) > 250
+    assert {rule["role"] for rule in rules} == {"back-end", "front-end"}
+    assert len(rules) > 330
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(rules)} rules for back-ends and front-ends" in readme
     assert {"id", "title", "section", "severity", "needs"} <= rules[0].keys()
     lines = check("--list", "--only", "ring").stdout.splitlines()
     assert len(lines) > 15
@@ -33,6 +38,16 @@ def test_list() -> None:
     front = check("--list", "--listen", "x").stdout
     assert "order.stop" in front
     assert "ring.num" not in front
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Known before the first rule is judged, not after the last."""
+    path = tmp_path / "s"
+    for where in (tmp_path / "none" / "j.xml", tmp_path):
+        done = check(path, "--only", "header", "--junit", where, *rng(path))
+        assert done.returncode == 2, done.stderr
+        assert str(where) in done.stderr
+        assert not done.stdout
 
 
 def test_all_kept(tmp_path: Path) -> None:
@@ -100,3 +115,37 @@ def test_an_interrupted_reader(tmp_path: Path) -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    """1 would say that a rule failed."""
+    for arguments in (
+        (tmp_path / "s", "--run", tmp_path / "none"),
+        ("--listen", tmp_path / "none" / "s"),
+        ("--listen", tmp_path / "s", "--run", tmp_path / "none"),
+    ):
+        done = check(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("vhost check: ")
+        assert "none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "vhost: interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_check_that_is_ended(tmp_path: Path, number: int, code: int, words: str) -> None:
+    """Nothing of it is left, its program neither."""
+    path, pid = tmp_path / "s", tmp_path / "pid"
+    os.mkfifo(pid)
+    program = ("sh", "-c", f"echo $$ > {pid}; exec sleep 600")
+    with subprocess.Popen(
+        [*VHOST, "check", "--listen", str(path), "--run", *program], stderr=subprocess.PIPE, text=True
+    ) as running:
+        started = int(pid.read_text())
+        running.send_signal(number)
+        assert running.stderr is not None
+        assert running.stderr.read() == words
+        assert running.wait(20) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)
+    assert not path.exists()

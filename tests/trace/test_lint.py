@@ -21,6 +21,7 @@ PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 PACKED = PROTOCOL_FEATURES | int(VirtioF.RING_PACKED)
 LOG_ALL = int(VhostF.LOG_ALL)
 ACK = int(ProtocolF.REPLY_ACK)
+USUAL_PROTOCOL = ALL_PROTOCOL & ~int(ProtocolF.XEN_MMAP | ProtocolF.GPA_ADDRESSES)
 SLOTS = ACK | int(ProtocolF.CONFIGURE_MEM_SLOTS)
 REQ = ACK | int(ProtocolF.BACKEND_REQ)
 REGION = p.MemoryRegion(0, 0x10000, 0x7000_0000, 0)
@@ -32,7 +33,7 @@ STATE = int(ProtocolF.DEVICE_STATE)
 SHMEM = int(ProtocolF.SHMEM_MAP | ProtocolF.BACKEND_SEND_FD)
 
 
-def ready(features: int = PROTOCOL_FEATURES, protocol: int = ALL_PROTOCOL & ~int(ProtocolF.XEN_MMAP)) -> Seen:
+def ready(features: int = PROTOCOL_FEATURES, protocol: int = USUAL_PROTOCOL) -> Seen:
     """Negotiated, with memory."""
     seen = Seen().negotiate(features, protocol)
     seen.front(F.SET_MEM_TABLE, p.MemTable((REGION, NEXT)), [MEMFD, MEMFD])
@@ -134,7 +135,7 @@ BROKEN: list[tuple[str, Callable[[], Seen]]] = [
     ("ack-missing", lambda: unanswered(F.SET_VRING_NUM, VringState(0, 4), True)),
     ("need-reply", lambda: header(VERSION | NEED_REPLY_FLAG)),
     ("need-reply-habit", lambda: header(VERSION | NEED_REPLY_FLAG, F.GET_FEATURES)),
-    ("unknown", lambda: header(VERSION, 45)),
+    ("unknown", lambda: header(VERSION, len(F) + 1)),
     ("unknown", lambda: header(VERSION, 0)),
     ("size", lambda: sent(ready(), F.SET_VRING_NUM, bytes(7))),
     ("size", lambda: sent(ready(), F.SET_VRING_KICK, U64(1 << 9), EVENTFD)),
@@ -160,6 +161,7 @@ BROKEN: list[tuple[str, Callable[[], Seen]]] = [
     ("not-offered", lambda: Seen().negotiate(protocol=9, offered_protocol=8)),
     ("not-asked", lambda: sent(Seen(), F.SET_FEATURES, U64(0))),
     ("not-asked", lambda: sent(Seen(), F.SET_PROTOCOL_FEATURES, U64(0))),
+    ("companions", lambda: Seen().negotiate(protocol=int(ProtocolF.GET_VRING_BASE_INFLIGHT) | ACK)),
     ("inband", lambda: Seen().negotiate(protocol=int(ProtocolF.INBAND_NOTIFICATIONS) | ACK)),
     ("changed", lambda: sent(running(), F.SET_FEATURES, U64(PACKED))),
     ("owner", lambda: sent(Seen(), F.SET_VRING_NUM, VringState(0, 4))),
@@ -172,6 +174,7 @@ BROKEN: list[tuple[str, Callable[[], Seen]]] = [
     ("overlap", lambda: table(REGION, p.MemoryRegion(0xF000, 0x1000, 0x9000_0000))),
     ("overlap", lambda: table(REGION, p.MemoryRegion(0x20000, 0x1000, 0x7000_F000))),
     ("overlap", lambda: sent(ready(), F.ADD_MEM_REG, p.SingleRegion(REGION), MEMFD)),
+    ("region-gpa", lambda: _gpa(REGION)),
     ("file-size", lambda: table(REGION, fd=FdInfo("memfd", "m", 0xF000))),
     ("no-region", lambda: sent(ready(), F.REM_MEM_REG, p.SingleRegion(LONG[5]))),
     ("slots", lambda: _slots(1)),
@@ -218,6 +221,7 @@ BROKEN: list[tuple[str, Callable[[], Seen]]] = [
     ("status", lambda: ask(ready(), F.GET_STATUS, p.EMPTY, U64(0x100))),
     ("postcopy", lambda: sent(ready(), F.POSTCOPY_LISTEN)),
     ("postcopy", lambda: sent(ready(), F.POSTCOPY_END)),
+    ("postcopy-slots", lambda: sent(ready(), F.POSTCOPY_ADVISE)),
     ("state-phase", lambda: sent(ready(), F.SET_DEVICE_STATE_FD, p.DeviceState(2, 0), PIPE)),
     ("state-phase", lambda: sent(ready(), F.SET_DEVICE_STATE_FD, p.DeviceState(0, 1), PIPE)),
     ("state-running", lambda: sent(running(), F.SET_DEVICE_STATE_FD, p.DeviceState(0, 0), PIPE)),
@@ -297,6 +301,7 @@ KEPT: list[tuple[str, Callable[[], Seen]]] = [
     ("maps side by side", lambda: shmem((0, 0, 0x8000), (0, 0x8000, 0x8000))),
     ("a map and its end", lambda: asked(shmem((0, 0, 0x1000)), B.BACKEND_SHMEM_UNMAP, _MAP)),
     ("postcopy", lambda: _postcopy()),
+    ("guest addresses for both", lambda: _gpa(p.MemoryRegion(0x1000, 0x1000, 0x1000))),
     ("no descriptor in flight", lambda: ask(ready(), F.GET_INFLIGHT_FD, _NONE, _NONE)),
     ("a pipe of the back-end's", lambda: ask(ready(), F.SET_DEVICE_STATE_FD, p.DeviceState(0), U64(0), PIPE)),
     ("no polling", lambda: sent(_sized(4), F.SET_VRING_CALL, VringFd(0, nofd=True))),
@@ -305,9 +310,14 @@ KEPT: list[tuple[str, Callable[[], Seen]]] = [
 _NONE = p.Inflight(0, 0, 0, 0)
 
 
+def _gpa(region: p.MemoryRegion) -> Seen:
+    seen = Seen().negotiate(protocol=int(ProtocolF.GPA_ADDRESSES | ProtocolF.REPLY_ACK))
+    return sent(seen, F.SET_MEM_TABLE, p.MemTable((region,)), MEMFD)
+
+
 def _postcopy() -> Seen:
     """With the front-end's word that it knows the addresses, which is no table."""
-    seen = ready()
+    seen = ready(protocol=USUAL_PROTOCOL & ~int(ProtocolF.CONFIGURE_MEM_SLOTS))
     seen.front(F.POSTCOPY_ADVISE)
     seen.back(F.POSTCOPY_ADVISE, p.EMPTY, [FdInfo("userfaultfd")])
     seen.front(F.POSTCOPY_LISTEN)

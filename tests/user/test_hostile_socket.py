@@ -94,7 +94,7 @@ def test_flags_that_are_wrong(bench: Bench, flags: int) -> None:
     assert raw.ended()
 
 
-@pytest.mark.parametrize("number", [0, 45, 1000, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [0, 46, 1000, 0xFFFFFFFF])
 def test_unknown_requests(bench: Bench, number: int) -> None:
     raw = bench.connect()
     assert raw.status(number, bytes(24)) != 0

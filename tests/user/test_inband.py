@@ -68,6 +68,23 @@ def test_ring_without_any_eventfd(path: Path, no_leaks: None) -> None:
         assert guest.used == 4
 
 
+def test_suspended_device_sends_nothing(path: Path, no_leaks: None) -> None:
+    """What there is to call for is said before the answer that suspends it, also if the call before was not
+    answered yet; nothing comes after it."""
+    with raw_on(path) as (raw, guest, channel):
+        guest.offer()
+        assert raw.status(VRING_KICK, h.state(0, 0)) == 0
+        expect(channel, VRING_CALL)
+        guest.offer()
+        assert raw.status(VRING_KICK, h.state(0, 0)) == 0
+        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 2)
+        channel.sock.setblocking(False)
+        expect(channel, VRING_CALL)
+        channel.answer(VRING_CALL)
+        channel.answer(VRING_CALL)
+        assert channel.silent(raw)
+
+
 def test_both_wait_for_each_other(path: Path, no_leaks: None) -> None:
     """We want an answer to our call, and have to answer before we get one; and no call is repeated until
     then, however much is used."""

@@ -22,9 +22,10 @@ from user import hostile as h
 from user.hostile import RawFrontend
 from user.test_frontend import RawBackend, backend
 from user.test_lifecycle import Guest
-from vhost.errors import InvalidMessage, InvalidQueue
+from vhost.errors import InactiveFeature, InvalidMessage, InvalidQueue
 from vhost.features import ProtocolF
 from vhost.inflight import inflight_size
+from vhost.user.frontend_base import WANTED
 
 GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
 INFLIGHT = struct.Struct("=QQHH4x")
@@ -32,6 +33,7 @@ INFLIGHT = struct.Struct("=QQHH4x")
 HEAD = struct.Struct("<QHHHH")
 ENTRIES = 16
 SHMFD, HAND_OVER = int(ProtocolF.INFLIGHT_SHMFD), int(ProtocolF.GET_VRING_BASE_INFLIGHT)
+SKIP_DRAIN, GET_VRING_BASE_SKIP_DRAIN = 1 << 23, 45
 
 
 class Lazy(vhost.Device):
@@ -162,17 +164,19 @@ def test_room_for_packed_rings_before_anybody_knows(device: Lazy, tmp_path: Path
 
 def test_not_offered(tmp_path: Path, no_leaks: None) -> None:
     with h.served(vhost.devices.Rng(), tmp_path / "s", without=SHMFD), connection(tmp_path / "s") as raw:
-        assert not raw.ask(h.GET_PROTOCOL_FEATURES).u64 & (SHMFD | HAND_OVER)
+        assert not raw.ask(h.GET_PROTOCOL_FEATURES).u64 & (SHMFD | HAND_OVER | SKIP_DRAIN)
         raw.negotiate()
         assert get_buffer(raw, 1, ENTRIES) == (0, 0, 0, 0, -1)
 
 
-def test_hand_over_needs_a_buffer(device: Lazy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacks", [SHMFD | SKIP_DRAIN, SHMFD | HAND_OVER, HAND_OVER])
+def test_hand_over_needs_a_buffer(device: Lazy, tmp_path: Path, lacks: int) -> None:
     with connection(tmp_path / "s") as raw:
         offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES
         assert offered & SHMFD
         assert offered & HAND_OVER
-        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~SHMFD))
+        assert offered & SKIP_DRAIN
+        raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~lacks))
         assert raw.ended()
 
 
@@ -370,12 +374,22 @@ def test_a_buffer_that_came_too_late(device: Lazy, tmp_path: Path) -> None:
 
 def hand_over(raw: RawFrontend, protocol_features: int) -> None:
     offered = raw.ask(h.GET_PROTOCOL_FEATURES).u64 & ~h.GPA_ADDRESSES
-    raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~HAND_OVER | protocol_features))
+    raw.send(h.SET_PROTOCOL_FEATURES, h.u64(offered & ~(HAND_OVER | SKIP_DRAIN) | protocol_features))
     assert raw.status(h.SET_FEATURES, h.u64(h.VERSION_1 | h.PROTOCOL_FEATURES)) == 0
 
 
-@pytest.mark.parametrize("negotiated", [0, HAND_OVER], ids=["drained", "handed over"])
-def test_a_ring_that_stops(device: Lazy, tmp_path: Path, negotiated: int) -> None:
+@pytest.mark.parametrize(
+    ("negotiated", "stop", "left"),
+    [
+        (0, h.GET_VRING_BASE, False),
+        (HAND_OVER, h.GET_VRING_BASE, True),
+        # Who has a message for it says each time whether to wait.
+        (HAND_OVER | SKIP_DRAIN, h.GET_VRING_BASE, False),
+        (HAND_OVER | SKIP_DRAIN, GET_VRING_BASE_SKIP_DRAIN, True),
+    ],
+    ids=["drained", "handed over", "drained all the same", "not drained"],
+)
+def test_a_ring_that_stops(device: Lazy, tmp_path: Path, negotiated: int, stop: int, left: bool) -> None:
     """GET_VRING_BASE waits for what is in flight, or leaves it in the buffer; nothing is published later."""
     with connection(tmp_path / "s") as raw:
         hand_over(raw, negotiated)
@@ -387,8 +401,8 @@ def test_a_ring_that_stops(device: Lazy, tmp_path: Path, negotiated: int) -> Non
         guest.kick()
         device.wait_for(3)
         chains = list(device.chains)
-        assert raw.ask(h.GET_VRING_BASE, h.state(0, 0)).payload == h.state(0, 3)
-        assert guest.used == (0 if negotiated else 3)
+        assert raw.ask(stop, h.state(0, 0)).payload == h.state(0, 3)
+        assert guest.used == (0 if left else 3)
         before = guest.map[:0x4000], os.pread(buffer.fd, buffer.size, 0)
         for queue, chain in chains:
             with pytest.raises(InvalidQueue):
@@ -396,7 +410,7 @@ def test_a_ring_that_stops(device: Lazy, tmp_path: Path, negotiated: int) -> Non
         assert (guest.map[:0x4000], os.pread(buffer.fd, buffer.size, 0)) == before
         device.chains.clear()
         begin(raw, buffer, base=3)
-        if negotiated:
+        if left:
             device.wait_for(3)
             assert [chain.id for _, chain in device.chains] == [0, 1, 2]
             for queue, chain in device.chains:
@@ -425,6 +439,27 @@ def test_front_end_owns_the_buffer(device: Lazy, tmp_path: Path) -> None:
         assert frontend.get_inflight_fd(3, ENTRIES) is None, "the device has two queues"
         buffer.close()
         buffer.close()
+
+
+def test_front_end_does_not_wait(device: Lazy, tmp_path: Path) -> None:
+    everything = int(WANTED | ProtocolF.GET_VRING_BASE_INFLIGHT) | SKIP_DRAIN
+    with vhost.Frontend.connect(tmp_path / "s", protocol_features=everything) as frontend:
+        assert frontend.protocol_features & SKIP_DRAIN
+        frontend.set_features(h.VERSION_1)
+        frontend.set_vring_base(0, 7)
+        assert frontend.get_vring_base(0, drain=False) == 7
+    with vhost.Frontend.connect(tmp_path / "s") as frontend, pytest.raises(InactiveFeature):
+        frontend.get_vring_base(0, drain=False)
+
+
+@pytest.mark.parametrize("has", [HAND_OVER | SKIP_DRAIN, SHMFD | SKIP_DRAIN, SKIP_DRAIN])
+def test_front_end_does_not_ask_for_what_cannot_be(has: int, no_leaks: None) -> None:
+    """Whatever is offered: each of these needs those before it."""
+    with (
+        backend(lambda raw: raw.handshake(h.PROTOCOL_FEATURES, has)) as sock,
+        vhost.Frontend(sock, protocol_features=SHMFD | HAND_OVER | SKIP_DRAIN) as frontend,
+    ):
+        assert frontend.protocol_features == has & SHMFD
 
 
 def test_front_end_of_a_back_end_without(tmp_path: Path, no_leaks: None) -> None:

@@ -374,6 +374,10 @@ def test_doorbell(path: Path, no_leaks: None) -> None:
         assert peer.run(lambda: device.withdraw_host_notifier(0, then=then)) is True
         assert frontend.host_notifiers == {}
         assert peer.run(lambda: device.offer_host_notifier(0, fd, 0, PAGE, then=then)) is True
+        known = frontend.host_notifiers
+        assert peer.run(lambda: device.offer_host_notifier(0, fd, 2 * PAGE, PAGE, then=then)) is False
+        assert frontend.host_notifiers == known, "what is refused changes nothing"
+        del known
         frontend.get_vring_base(0)
         assert frontend.host_notifiers == {}, "it was for the ring that has stopped"
 
@@ -450,3 +454,24 @@ def test_answers_of_a_hostile_front_end(path: Path, no_leaks: None) -> None:
                     raw.ask(h.GET_FEATURES)
             assert device.heard[:2] == [None, None]
             os.close(device.heard[2])
+
+
+def test_a_table_that_has_one_of_the_objects_already_is_left_as_it_is(path: Path) -> None:
+    with peer_on(path) as peer:
+        first, second = uuid.uuid4(), uuid.uuid4()
+        frontend, other = peer.frontend, SharedObjects()
+        old = frontend.shared_objects
+        for object in (first, second):
+            old.add(object, frontend)
+        other.add(second, owner := Owner())
+        with pytest.raises(InvalidState, match=f"object {second} is exported already"):
+            frontend.shared_objects = other
+        assert frontend.shared_objects is old
+        assert (other.of(frontend), other.owner(second)) == ([], owner)
+        frontend.shared_objects = old
+        assert old.of(frontend) == [first, second]
+
+
+class Owner:
+    def get_shared_object(self, uuid: uuid.UUID) -> int | None:
+        return None

@@ -415,6 +415,8 @@ def test_pages_that_are_none(no_leaks: None) -> None:
         for offset, size in ((1, PAGE), (0, PAGE - 1), (-PAGE, PAGE), (SIZE, PAGE), (SIZE - PAGE, 2 * PAGE)):
             with pytest.raises(ValueError, match="not in it, or not in pages"):
                 pages.place(region, offset, bytes(size))
+        with pytest.raises(vhost.errors.InvalidGuestMemory, match="ends beyond all addresses"):
+            pages.know(region, (1 << 64) - PAGE)
         assert pages.place(region, 0, b"\1" * PAGE), "before it is shared"
         assert not pages.place(region, 0, b"\2" * PAGE), "what is there stays"
         assert bytes(memoryview(region)[:1]) == b"\1"

@@ -195,9 +195,9 @@ class Rig:
         for ring in self.rings:
             ring.kick()
 
-    def stop(self, ring: Ring) -> int:
+    def stop(self, ring: Ring, number: F = F.GET_VRING_BASE) -> int:
         """GET_VRING_BASE: where the ring stands."""
-        return stopped_at(self.peer, ring.index)
+        return stopped_at(self.peer, ring.index, number)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -305,15 +305,15 @@ class Sent:
         expect(not complaint, f"a request ({self.work.name}) came back wrong: {complaint}")
 
 
-def stopped_at(peer: Peer, index: int) -> int:
+def stopped_at(peer: Peer, index: int, number: F = F.GET_VRING_BASE) -> int:
     """GET_VRING_BASE, with its answer judged."""
-    got = peer.ask(F.GET_VRING_BASE, VringState(index, 0))
+    got = peer.ask(number, VringState(index, 0))
     expect(
         len(got.payload) == VringState.MAX_SIZE,
-        f"GET_VRING_BASE: a reply of {len(got.payload)} bytes, must be 8",
+        f"{number.name}: a reply of {len(got.payload)} bytes, must be 8",
     )
     state = VringState.unpack(got.payload)
-    expect(state.index == index, f"GET_VRING_BASE: the reply is for ring {state.index}, asked for {index}")
+    expect(state.index == index, f"{number.name}: the reply is for ring {state.index}, asked for {index}")
     return state.num
 
 

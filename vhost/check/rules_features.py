@@ -8,7 +8,7 @@ from vhost.check.peer import Peer
 from vhost.check.rig import rig_for, running, work_for
 from vhost.check.rule import NotOffered, Severity, expect, prerequisite, rule
 from vhost.check.target import ACCESS_PLATFORM, LOG_ALL, PROTOCOL_FEATURES, VERSION_1, Target
-from vhost.features import ProtocolF, VhostF, VirtioF, bits, feature_names
+from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, VhostF, VirtioF, bits, feature_names
 from vhost.user.payloads import U64, VringState
 
 _FEATURES = "Front-end message types, {}"
@@ -183,9 +183,10 @@ def protocol_none(target: Target) -> None:
 )
 def one_by_one(target: Target) -> None:
     _offers_protocol(target)
-    together = _CHANNEL | int(ProtocolF.BACKEND_REQ | ProtocolF.GET_VRING_BASE_INFLIGHT | ProtocolF.XEN_MMAP)
+    together = _CHANNEL | int(ProtocolF.BACKEND_REQ | ProtocolF.XEN_MMAP)
     for bit in bits(target.protocol & _ALL_KNOWN & ~together):
-        _protocol(target, 1 << bit).sync()
+        if 1 << bit not in PROTOCOL_COMPANIONS:
+            _protocol(target, 1 << bit).sync()
 
 
 @rule(

@@ -24,6 +24,7 @@ from vhost.user.spec import Role
 FRONTEND = "front-end"
 _RING = ("SET_VRING_NUM", "SET_VRING_ADDR", "SET_VRING_BASE", "SET_VRING_KICK")
 _TABLE = ("SET_MEM_TABLE", "ADD_MEM_REG")
+_STOPS = ("GET_VRING_BASE", "GET_VRING_BASE_SKIP_DRAIN")
 _LINTED: dict[linted.Rule, tuple[str, ...]] = {
     linted.VERSION: (),
     linted.FLAGS: (),
@@ -42,12 +43,14 @@ _LINTED: dict[linted.Rule, tuple[str, ...]] = {
     linted.BACKLOG: (),
     linted.NOT_OFFERED: ("SET_FEATURES", "SET_PROTOCOL_FEATURES"),
     linted.NOT_ASKED: ("SET_FEATURES", "SET_PROTOCOL_FEATURES"),
+    linted.COMPANIONS: ("SET_PROTOCOL_FEATURES",),
     linted.INBAND: ("SET_PROTOCOL_FEATURES",),
     linted.CHANGED: ("SET_FEATURES",),
     linted.OWNER: (),
     linted.RESET_OWNER: (),
     linted.REGIONS: ("SET_MEM_TABLE",),
     linted.REGION: _TABLE,
+    linted.REGION_GPA: _TABLE,
     linted.OVERLAP: _TABLE,
     linted.FILE_SIZE: _TABLE,
     linted.NO_REGION: ("REM_MEM_REG",),
@@ -73,6 +76,7 @@ _LINTED: dict[linted.Rule, tuple[str, ...]] = {
     linted.CONFIG_FLAGS: ("SET_CONFIG",),
     linted.STATUS: ("SET_STATUS",),
     linted.POSTCOPY: ("POSTCOPY_ADVISE",),
+    linted.POSTCOPY_SLOTS: ("POSTCOPY_ADVISE",),
     linted.STATE_PHASE: ("SET_DEVICE_STATE_FD",),
     linted.STATE_RUNNING: ("SET_DEVICE_STATE_FD",),
     linted.STATE_CHECK: ("CHECK_DEVICE_STATE",),
@@ -203,10 +207,10 @@ def stop(stage: Stage) -> None:
         for ring in sorted(stage.started_rings(session)):
             last = [
                 event.detail["name"]
-                for event in stage.messages("SET_VRING_KICK", "GET_VRING_BASE", session=session)
+                for event in stage.messages("SET_VRING_KICK", *_STOPS, session=session)
                 if event.detail["payload"]["index"] == ring
             ][-1]
-            expect(last == "GET_VRING_BASE", f"session {session} ended with ring {ring} running")
+            expect(last in _STOPS, f"session {session} ended with ring {ring} running")
 
 
 @rule(

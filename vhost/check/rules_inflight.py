@@ -199,9 +199,9 @@ def _hostile_start(rig: Rig, told: Inflight, fd: int) -> None:
         return
 
 
-def _tracked(target: Target) -> tuple[Rig, Region]:
+def _tracked(target: Target, protocol: int = 0) -> tuple[Rig, Region]:
     """A rig whose session has a buffer, mapped here too; its rings are not set up."""
-    rig = rig_for(target, protocol=int(_SHMFD))
+    rig = rig_for(target, protocol=int(_SHMFD | protocol))
     with prerequisite("GET_INFLIGHT_FD and SET_INFLIGHT_FD"):
         told, fd = _get(rig.peer, len(rig.rings))
         length = os.fstat(fd).st_size
@@ -272,3 +272,28 @@ def resubmits(target: Target) -> None:
     rig.finish(lost)
     expect(rig.wait(timeout=target.settle) is None, "a request came back that was done before the crash")
     rig.complete()
+
+
+@rule(
+    "inflight.skip-drain",
+    "A ring that GET_VRING_BASE_SKIP_DRAIN stopped is not processed, and goes on where it was",
+    section="Front-end message types, GET_VRING_BASE_SKIP_DRAIN",
+    protocol=_SHMFD | ProtocolF.GET_VRING_BASE_INFLIGHT | ProtocolF.GET_VRING_BASE_SKIP_DRAIN,
+    device="any",
+)
+def skip_drain(target: Target) -> None:
+    rig, _ = _tracked(target, ProtocolF.GET_VRING_BASE_INFLIGHT | ProtocolF.GET_VRING_BASE_SKIP_DRAIN)
+    with prerequisite("a ring cannot be started"):
+        rig.start()
+        rig.complete()
+    base = rig.stop(rig.main, F.GET_VRING_BASE_SKIP_DRAIN)
+    expect(base == 1, f"one request came back, and the ring stands at {base}")
+    sent = rig.submit()
+    rig.main.kick()
+    expect(rig.idle(), "a request was processed after the ring was stopped")
+    rig.place(rig.main, base)
+    rig.give_call(rig.main)
+    rig.give_kick(rig.main)
+    rig.enable(rig.main)
+    rig.main.kick()
+    rig.finish(sent)

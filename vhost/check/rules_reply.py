@@ -11,7 +11,7 @@ from vhost.check.peer import FrontendMsg as F
 from vhost.check.rig import Rig
 from vhost.check.rule import expect, prerequisite, rule
 from vhost.check.target import PROTOCOL_FEATURES, Target
-from vhost.features import ProtocolF, VhostF
+from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, VhostF
 from vhost.user.messages import FRONTEND
 from vhost.user.payloads import EMPTY, NOFD, U64, Config, Inflight, VringState
 
@@ -45,13 +45,16 @@ _GETS: dict[F, Content] = {
     F.GET_INFLIGHT_FD: Inflight(0, 0, 1, 16),
     F.CHECK_DEVICE_STATE: EMPTY,
     F.GET_SHMEM_CONFIG: EMPTY,
+    F.GET_VRING_BASE_SKIP_DRAIN: VringState(0, 0),
 }
 
 
 def _feature(number: F) -> int:
-    """The protocol feature that a request needs, if one."""
+    """The protocol feature that a request needs, if one, with its companions."""
     row = FRONTEND[number]
-    return row.feature_bit if isinstance(row.feature, ProtocolF) else 0
+    if not isinstance(row.feature, ProtocolF):
+        return 0
+    return row.feature_bit | PROTOCOL_COMPANIONS.get(row.feature_bit, 0)
 
 
 def _session(target: Target, number: F, *, without: int = 0) -> Peer:

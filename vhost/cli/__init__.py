@@ -32,17 +32,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     own, program = check.split_command(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own, argparse.Namespace(program=program))
+    args = parser().parse_args(serve.only_capabilities(own), argparse.Namespace(program=program))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         result: int = args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no sys.stdout
         return result
     except BrokenPipeError:
         # `vhost messages | head` is no error; keep the interpreter from flushing into the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("vhost: interrupted", file=sys.stderr)
+        return 130  # as a shell says it
     except (VhostError, OSError) as error:
         print(f"vhost: {error}", file=sys.stderr)
         return 1

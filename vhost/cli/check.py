@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def add_commands(commands: Commands) -> None:
         metavar="SECONDS",
         help="how long a front-end is watched (default 2)",
     )
-    check.add_argument("--list", action="store_true", help="show all rules and their sections, and exit")
+    check.add_argument("--list", action="store_true", help="show the rules and their sections, and exit")
     check.add_argument(
         "--only",
         action="append",
@@ -114,12 +115,19 @@ def run_check(args: argparse.Namespace) -> int:
         return _cannot(f"no rule matches {' '.join(args.only)} (see --list)")
     if (args.socket is None) == (args.listen is None):
         return _cannot("a SOCKET is needed, or --listen SOCKET")
+    if args.junit:
+        try:
+            args.junit.open("ab").close()  # now, and not after the last rule
+        except OSError as error:
+            return _cannot(str(error))
     stream = sys.stderr if args.json else sys.stdout
     progress = report.Progress(stream, len(rules), quiet=args.quiet or args.json)
+    # What follows --run has to end with us.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         judge = _judge_frontend if args.listen else _judge_backend
         about, results = judge(args, rules, progress)
-    except CannotRun as error:
+    except (CannotRun, OSError) as error:
         return _cannot(str(error))
     if args.junit:
         args.junit.write_bytes(report.junit(results, f"vhost check {args.socket or args.listen}"))
@@ -135,6 +143,8 @@ def _rules(args: argparse.Namespace) -> list[Rule]:
     from vhost.check.rule import RULES
 
     assert rules_all and rules_frontend  # which registers them
+    if args.list and args.socket is None and args.listen is None:
+        return [found for role in ("back-end", "front-end") for found in RULES.select(args.only, role=role)]
     return RULES.select(args.only, role="front-end" if args.listen else "back-end")
 
 

@@ -14,7 +14,7 @@ import selectors
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vhost.cli.arguments import Masks, features, size, wakeup_on
@@ -61,6 +61,14 @@ def add_commands(commands: Commands) -> None:
     blk.set_defaults(factory=blk_factory)
     rng.set_defaults(factory=rng_factory)
     serve.set_defaults(run=run_serve)
+
+
+def only_capabilities(arguments: Sequence[str]) -> list[str]:
+    """The conventions want all other arguments ignored with --print-capabilities, however wrong they are."""
+    words = list(arguments)
+    if "serve" not in words[:3] or "--print-capabilities" not in words:
+        return words
+    return [*words[: words.index("serve") + 2], "--print-capabilities"]
 
 
 def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:

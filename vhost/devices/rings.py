@@ -2,9 +2,10 @@
 """One ring of a device's session: what the driver's side said of it, and whether it runs.
 
 A ring is stopped or started, and apart from that disabled or enabled (vhost-user, "Ring states"). If its kick
-comes last, as all front-ends that we know have it, it starts at once, which is before the first kick proper:
-work that lies in a ring which was restarted may never be kicked for. Until it has processed something, what
-was said of it can be said anew. Knows no transport and no event loop; owns the ring's descriptors.
+comes last, as all front-ends that we know have it, it starts at once, without a kick proper, for which older
+texts waited: work that lies in a ring which was restarted may never be kicked for. Until it has processed
+something, what was said of it can be said anew. Knows no transport and no event loop; owns the ring's
+descriptors.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from vhost.features import GpuF, ProtocolF, VhostF, VirtioF, feature_names
+from vhost.features import GpuF, ProtocolF, VhostF, VirtioF, feature_names, missing_companions
 from vhost.trace import rules
 from vhost.trace.lint_base import LintBase, Seen
 from vhost.user.spec import Gate, Spec
 
 _INBAND = int(ProtocolF.INBAND_NOTIFICATIONS)
-_INBAND_NEEDS = int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK)
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
 _LOG_ALL = int(VhostF.LOG_ALL)
 _ONLY_LEGAL = frozenset({"GET_PROTOCOL_FEATURES", "SET_PROTOCOL_FEATURES"})
@@ -89,9 +88,10 @@ class FeatureRules(LintBase):
             self.report(rules.NOT_ASKED, "SET_PROTOCOL_FEATURES before GET_PROTOCOL_FEATURES")
         else:
             self._foreign(features & ~state.offered_protocol, ProtocolF)
-        if features & _INBAND and features & _INBAND_NEEDS != _INBAND_NEEDS:
-            missing = " ".join(feature_names(_INBAND_NEEDS & ~features, ProtocolF))
-            self.report(rules.INBAND, f"INBAND_NOTIFICATIONS without {missing}")
+        for feature, missing in missing_companions(features).items():
+            (name,) = feature_names(feature, ProtocolF)
+            rule = rules.INBAND if feature == _INBAND else rules.COMPANIONS
+            self.report(rule, f"{name} without {' '.join(feature_names(missing, ProtocolF))}")
         state.protocol = features
 
     def _foreign(self, foreign: int, *names: type[VirtioF] | type[VhostF] | type[ProtocolF]) -> None:

@@ -52,6 +52,9 @@ class MemoryRules(LintBase):
         for what, start in (("guest", region.guest_addr), ("user", region.user_addr)):
             if not region.size or start + region.size > _TOP:
                 self.report(rules.REGION, f"{what} address {start:#x}, size {region.size:#x}")
+        if self.state.has_protocol(ProtocolF.GPA_ADDRESSES) and region.user_addr != region.guest_addr:
+            text = f"user address {region.user_addr:#x} of the region at {region.guest_addr:#x}"
+            self.report(rules.REGION_GPA, text)
         for other in regions:
             for what, start, there in (
                 ("guest", region.guest_addr, other.guest_addr),
@@ -135,6 +138,8 @@ class MemoryRules(LintBase):
 
     def front_postcopy_advise(self, seen: Seen) -> None:
         self.state.advised = True
+        if self.state.has_protocol(ProtocolF.CONFIGURE_MEM_SLOTS):
+            self.report(rules.POSTCOPY_SLOTS, "POSTCOPY_ADVISE, but CONFIGURE_MEM_SLOTS was negotiated")
 
     def front_postcopy_listen(self, seen: Seen) -> None:
         if not self.state.advised:

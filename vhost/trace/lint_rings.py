@@ -81,7 +81,7 @@ class RingRules(LintBase):
 
     def front_get_vring_base(self, seen: Seen) -> None:
         if seen.payload.num:
-            self.report(rules.RESERVED, f"num {seen.payload.num:#x} in GET_VRING_BASE, must be 0")
+            self.report(rules.RESERVED, f"num {seen.payload.num:#x} in {seen.spec.name}, must be 0")
         self.state.ring(seen.payload.index).started = False
 
     def front_get_vring_base_reply(self, seen: Seen) -> None:
@@ -90,6 +90,9 @@ class RingRules(LintBase):
         if seen.payload.index != getattr(asked, "index", seen.payload.index):
             self.report(rules.INDEX_REPLY, f"ring {seen.payload.index}, asked for {asked.index}")
         self._indices(seen.payload.index, seen.payload.num)
+
+    front_get_vring_base_skip_drain = front_get_vring_base
+    front_get_vring_base_skip_drain_reply = front_get_vring_base_reply
 
     def _indices(self, index: int, num: int) -> None:
         if self.state.features is None:

@@ -98,9 +98,15 @@ INBAND = _violation(
 CHANGED = _note("changed", _FRONT, "Features stay what they are while rings run, but for LOG_ALL.")
 OWNER = _note("owner", _FRONT, "SET_OWNER comes when a connection is new.")
 RESET_OWNER = _note("reset-owner", _FRONT, "RESET_OWNER is deprecated.")
+COMPANIONS = _violation(
+    "companions", _FRONT, "GET_VRING_BASE_INFLIGHT needs INFLIGHT_SHMFD, and ..._SKIP_DRAIN needs both."
+)
 # -- memory --------------------------------------------------------------------------------------------
 REGIONS = _note("regions", "Multiple Memory regions description", "A memory table has at most 8 regions.")
 REGION = _violation("region", "Memory region description", "A region is not empty and does not wrap around.")
+REGION_GPA = _violation(
+    "region-gpa", "Memory region description", "With GPA_ADDRESSES the user address is the guest address too."
+)
 OVERLAP = _violation("overlap", _MEMORY, "Each address belongs to one region at most.")
 FILE_SIZE = _note(
     "file-size", "Memory region description", "The file is as long as what is to be mapped of it."
@@ -136,6 +142,9 @@ CONFIG_SIZE = _violation("config-size", "Virtio device config space", "A reply h
 CONFIG_FLAGS = _note("config-flags", "Virtio device config space", "The flags are 0 or 1.")
 STATUS = _violation("status", _FRONT, "A device status has 8 bits.")
 POSTCOPY = _violation("postcopy", _MIGRATION, "POSTCOPY_ADVISE, then LISTEN, then END.")
+POSTCOPY_SLOTS = _note(  # older texts say how ADD_MEM_REG is answered then, and QEMU 10.0 does it
+    "postcopy-slots", _MIGRATION, "There is no post-copy where CONFIGURE_MEM_SLOTS was negotiated."
+)
 STATE_PHASE = _violation("state-phase", "Device state transfer parameters", "Direction 0 or 1, phase 0.")
 STATE_RUNNING = _violation("state-running", _STATE, "State is transferred while the device is suspended.")
 STATE_REPLY = _violation("state-reply", _FRONT, "A reply is not an error and a descriptor at once.")

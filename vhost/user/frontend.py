@@ -201,11 +201,14 @@ class Frontend(
     def set_vring_base(self, index: int, base: int) -> None:
         self._send(F.SET_VRING_BASE, VringState(index, base))
 
-    def get_vring_base(self, index: int) -> int:
-        reply = self._get(F.GET_VRING_BASE, VringState(index, 0))
+    def get_vring_base(self, index: int, *, drain: bool = True) -> int:
+        """Not ``drain``: what is in flight is left to a successor, by way of the in-flight buffer; needs
+        protocol feature GET_VRING_BASE_SKIP_DRAIN."""
+        request = F.GET_VRING_BASE if drain else F.GET_VRING_BASE_SKIP_DRAIN
+        reply = self._get(request, VringState(index, 0))
         if reply.index != index:
             text = f"answer for ring {reply.index}, asked for {index}"
-            raise InvalidMessage(text, request="GET_VRING_BASE")
+            raise InvalidMessage(text, request=request.name)
         self._forget_event("kick", index)
         self._drop_host_notifier(index)
         return int(reply.num)

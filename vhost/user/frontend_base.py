@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from vhost.errors import Disconnected, InvalidMessage, PartialMessage, ProtocolError, ReplyTimeout, VhostError
-from vhost.features import ProtocolF, VhostF
+from vhost.features import ProtocolF, VhostF, missing_companions
 from vhost.ops import VhostOps
 from vhost.user.messages import FrontendMsg as F
 from vhost.user.payloads import EMPTY, U64, Payload
 from vhost.user.session import Channel, Message, Outgoing, Role, Session
 from vhost.user.spec import Answer, close_fds
-from vhost.user.transport import Transport
+from vhost.user.transport import Transport, naming
 
 log = logging.getLogger("vhost.frontend")
 
@@ -55,8 +55,6 @@ MESSAGES_PER_LOOK = 16
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _PROTOCOL_FEATURES = int(VhostF.PROTOCOL_FEATURES)
-_INBAND = int(ProtocolF.INBAND_NOTIFICATIONS)
-_INBAND_COMPANIONS = int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK)
 
 
 class FrontendBase(VhostOps):
@@ -113,7 +111,8 @@ class FrontendBase(VhostOps):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout)
-            sock.connect(os.fspath(path))
+            with naming(path):
+                sock.connect(os.fspath(path))
         except BaseException:
             sock.close()
             raise
@@ -131,7 +130,8 @@ class FrontendBase(VhostOps):
         once it has."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.settimeout(timeout)
-            listener.bind(os.fspath(path))
+            with naming(path):
+                listener.bind(os.fspath(path))
             try:
                 listener.listen(1)
                 try:
@@ -147,8 +147,8 @@ class FrontendBase(VhostOps):
         if self.offered_features & _PROTOCOL_FEATURES:
             self.offered_protocol_features = self._get(F.GET_PROTOCOL_FEATURES).value
             chosen = self.offered_protocol_features & wanted
-            if chosen & _INBAND_COMPANIONS != _INBAND_COMPANIONS:
-                chosen &= ~_INBAND  # an error without them ("In-band notifications")
+            for lonely in missing_companions(chosen):
+                chosen &= ~lonely
             self._send(F.SET_PROTOCOL_FEATURES, U64(chosen))
             self.protocol_features = self.session.protocol_features = chosen
         self._send(F.SET_OWNER)

@@ -46,8 +46,14 @@ class FrontendObjects(FrontendBase):
     @shared_objects.setter
     def shared_objects(self, table: SharedObjects) -> None:
         old = self.shared_objects
-        for uuid in old.of(self):
-            table.add(uuid, self)
+        if table is old:
+            return
+        try:
+            for uuid in old.of(self):
+                table.add(uuid, self)
+        except InvalidState:
+            table.drop(self)
+            raise
         old.drop(self)
         self._shared_objects = table
 
@@ -147,19 +153,22 @@ class FrontendObjects(FrontendBase):
                     f" {PAGE:#x} bytes",
                     request=message.name,
                 )
+        page = None if area.nofd else self._doorbell(area, message)
         self._drop_host_notifier(area.index)
-        if not area.nofd:
-            try:
-                page = mmap.mmap(message.fds[0], PAGE, offset=area.offset)
-            except (OSError, ValueError) as error:
-                raise IncorrectFds(
-                    f"ring {area.index}: the page at {area.offset:#x} cannot be mapped: {error}",
-                    request=message.name,
-                ) from error
+        if page is not None:
             if self._host_notifiers is None:
                 self._host_notifiers = {}
             self._host_notifiers[area.index] = page
         self._tell("host notifiers", self._tell_host_notifiers)
+
+    def _doorbell(self, area: VringArea, message: Message) -> mmap.mmap:
+        try:
+            return mmap.mmap(message.fds[0], PAGE, offset=area.offset)
+        except (OSError, ValueError) as error:
+            raise IncorrectFds(
+                f"ring {area.index}: the page at {area.offset:#x} cannot be mapped: {error}",
+                request=message.name,
+            ) from error
 
     def _tell_host_notifiers(self) -> None:
         """The back-end gave or took a host notifier; for a subclass."""

@@ -110,6 +110,8 @@ class PageServer:
         page = os.fstatvfs(region.fd).f_bsize
         if region.mmap_offset % page or region.size % page or base % page:
             raise InvalidGuestMemory(f"{region!r} at {base:#x} of the back-end: not in pages of {page}")
+        if base + region.size > 1 << 64:
+            raise InvalidGuestMemory(f"{region!r} at {base:#x} of the back-end: ends beyond all addresses")
         alias = next((known.alias for known in self._known if known.region is region), None)
         if alias is None:
             alias = Region.from_fd(

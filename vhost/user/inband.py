@@ -9,6 +9,7 @@ rings.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -18,14 +19,14 @@ from vhost._ring import signal_eventfd
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage
-from vhost.features import ProtocolF, feature_names
+from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, feature_names
 from vhost.user.handlers import Handlers
 from vhost.user.messages import BackendMsg
 from vhost.user.payloads import VringState
 from vhost.user.session import Message
 
 _INBAND = int(ProtocolF.INBAND_NOTIFICATIONS)
-COMPANIONS = int(ProtocolF.BACKEND_REQ | ProtocolF.REPLY_ACK)
+COMPANIONS = PROTOCOL_COMPANIONS[_INBAND]
 """What the specification wants negotiated with it: a channel to call on, and answers to wait for."""
 
 KINDS = {"call": BackendMsg.BACKEND_VRING_CALL, "err": BackendMsg.BACKEND_VRING_ERR}
@@ -41,6 +42,11 @@ class _Bell:
     number: BackendMsg
     rung: bool = False
     under_way: bool = False
+
+    def listen(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # nothing, or it was heard already in this step
+            os.eventfd_read(self.fd)
+            self.rung = True
 
 
 class InbandHandlers(Handlers):
@@ -114,12 +120,23 @@ class InbandHandlers(Handlers):
         if bell is None:
             super()._happened(fd, events)
             return
-        os.eventfd_read(fd)
-        bell.rung = True
+        bell.listen()
         self._pass_on(bell)
 
+    def _release_if_idle(self) -> None:
+        super()._release_if_idle()
+        if self.suspended and not self.closed:
+            # From our answer on we have to be silent ("Suspended device state"): now or never.
+            for bell in self._bells.values():
+                bell.listen()
+                self._send_on(bell)
+
     def _pass_on(self, bell: _Bell) -> None:
-        if not bell.rung or bell.under_way or self.channel is None:
+        if not bell.under_way:
+            self._send_on(bell)
+
+    def _send_on(self, bell: _Bell) -> None:
+        if not bell.rung or self.channel is None:
             return
         bell.rung = False
         bell.under_way = True

@@ -18,22 +18,25 @@ from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage, InvalidState
-from vhost.features import ProtocolF, VirtioF
+from vhost.features import ProtocolF, VirtioF, feature_names, missing_companions
 from vhost.inflight import QUEUE_SIZE_MAX, InflightRegion
 from vhost.user.handlers import Handlers
-from vhost.user.payloads import Inflight
+from vhost.user.payloads import Inflight, VringState
 from vhost.user.session import Message
 from vhost.user.spec import Answer
 
 # Plain integers: an operation on an IntFlag costs as much as a system call.
 _SHMFD = int(ProtocolF.INFLIGHT_SHMFD)
 _HAND_OVER = int(ProtocolF.GET_VRING_BASE_INFLIGHT)
+_SKIP_DRAIN = int(ProtocolF.GET_VRING_BASE_SKIP_DRAIN)
 _RING_PACKED = int(VirtioF.RING_PACKED)
 
 
 class InflightHandlers(Handlers):
     def __init__(self, device: Device, sock: socket.socket, *, without: int = 0) -> None:
         self._inflight: InflightRegion | None = None
+        self._skips_drain = False
+        """The ring that stops now leaves what it has in flight to a successor."""
         super().__init__(device, sock, without=without)
 
     # -- what is offered ---------------------------------------------------------------------------
@@ -41,14 +44,19 @@ class InflightHandlers(Handlers):
     def offered_protocol_features(self) -> int:
         offered = super().offered_protocol_features() | _SHMFD
         # Without a buffer there is nothing to hand over.
-        return offered if self.without & _SHMFD else offered | _HAND_OVER
+        if not self.without & _SHMFD:
+            offered |= _HAND_OVER
+            if not self.without & _HAND_OVER:
+                offered |= _SKIP_DRAIN
+        return offered
 
     def set_protocol_features(self, message: Message) -> None:
-        if message.payload.value & (_HAND_OVER | _SHMFD) == _HAND_OVER:
-            raise InvalidMessage(
-                "GET_VRING_BASE_INFLIGHT needs INFLIGHT_SHMFD, which is not acknowledged",
-                request=message.name,
-            )
+        missing = missing_companions(message.payload.value)
+        for feature in (_HAND_OVER, _SKIP_DRAIN):
+            if feature in missing:
+                (name,) = feature_names(feature, ProtocolF)
+                needed = " and ".join(feature_names(missing[feature], ProtocolF))
+                raise InvalidMessage(f"{name} without {needed}", request=message.name)
         super().set_protocol_features(message)
 
     # -- requests ----------------------------------------------------------------------------------
@@ -101,6 +109,13 @@ class InflightHandlers(Handlers):
             raise InvalidState("the front-end truncated the file of the in-flight buffer")
         return self._inflight
 
+    def get_vring_base_skip_drain(self, message: Message) -> VringState:
+        self._skips_drain = True
+        try:
+            return self.get_vring_base(message)
+        finally:
+            self._skips_drain = False
+
     def stop_ring(self, ring: Ring) -> int:
         if ring.queue is not None and ring.queue.resubmits and not self._hands_over:
             with self.paused(ring):
@@ -122,8 +137,10 @@ class InflightHandlers(Handlers):
 
     @property
     def _hands_over(self) -> bool:
-        """GET_VRING_BASE may leave things in flight: the buffer tells a successor."""
-        return bool(self.session.protocol_features & _HAND_OVER)
+        """A ring that stops may leave things in flight: the buffer tells a successor. A front-end that has a
+        message for that wants GET_VRING_BASE to wait."""
+        by_default = self.session.protocol_features & (_HAND_OVER | _SKIP_DRAIN) == _HAND_OVER
+        return self._skips_drain or by_default
 
     def _check_memory(self) -> None:
         super()._check_memory()

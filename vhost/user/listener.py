@@ -9,6 +9,8 @@ import os
 import socket
 import stat
 
+from vhost.user.transport import naming
+
 
 class Listener:
     """Listens when the constructor returns; ``socket`` never blocks."""
@@ -18,13 +20,8 @@ class Listener:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._inode: tuple[int, int] | None = None
         try:
-            try:
-                self.socket.bind(self.path)
-            except OSError:
-                if not _is_stale(self.path):
-                    raise
-                os.unlink(self.path)
-                self.socket.bind(self.path)
+            with naming(self.path):
+                self._bind()
             found = os.stat(self.path)
             self._inode = (found.st_dev, found.st_ino)
             self.socket.listen()
@@ -32,6 +29,15 @@ class Listener:
         except BaseException:
             self.close()
             raise
+
+    def _bind(self) -> None:
+        try:
+            self.socket.bind(self.path)
+        except OSError:
+            if not _is_stale(self.path):
+                raise
+            os.unlink(self.path)
+            self.socket.bind(self.path)
 
     def fileno(self) -> int:
         return self.socket.fileno()

@@ -105,6 +105,7 @@ class FrontendMsg(IntEnum):
     SET_DEVICE_STATE_FD = 42
     CHECK_DEVICE_STATE = 43
     GET_SHMEM_CONFIG = 44
+    GET_VRING_BASE_SKIP_DRAIN = 45
     # The name of older texts.
     SET_SLAVE_REQ_FD = SET_BACKEND_REQ_FD
 
@@ -252,6 +253,9 @@ _FRONTEND_ROWS = (
            section="Migrating back-end state"),
     _front(_F.GET_SHMEM_CONFIG, "Sizes of the shared memory regions.",
            reply=p.ShmemConfig, policy=_ALWAYS, refusal=p.ShmemConfig(), feature=ProtocolF.SHMEM_MAP),
+    _front(_F.GET_VRING_BASE_SKIP_DRAIN, "GET_VRING_BASE, but what is in flight is left to a successor.",
+           request=VringState, reply=VringState, policy=_ALWAYS, per_ring="index",
+           feature=ProtocolF.GET_VRING_BASE_SKIP_DRAIN, section="Inflight I/O tracking"),
 )  # fmt: skip
 
 _BACKEND_ROWS = (

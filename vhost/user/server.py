@@ -9,6 +9,7 @@ sockets and paths; knows neither messages nor rings.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -19,9 +20,10 @@ from types import TracebackType
 from typing import Self
 
 from vhost.devices.base import Device
-from vhost.errors import VhostError
+from vhost.errors import IncorrectFds, VhostError
 from vhost.user.backend import Backend
 from vhost.user.listener import Listener
+from vhost.user.transport import naming
 
 log = logging.getLogger("vhost.server")
 
@@ -76,7 +78,7 @@ class Server:
             if client:
                 self._connect()
             elif fd is not None:
-                self._adopt(socket.socket(fileno=fd))
+                self._adopt(fd)
             else:
                 self._listen()
         except BaseException:
@@ -110,8 +112,15 @@ class Server:
         self._listener = self._bound.socket
         self._accept_more()
 
-    def _adopt(self, sock: socket.socket) -> None:
+    def _adopt(self, fd: int) -> None:
         """A socket that was inherited: a listening one, or one session."""
+        if fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"fd {fd}")
+        with naming(f"fd {fd}"):
+            sock = socket.socket(fileno=fd)
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            sock.close()
+            raise IncorrectFds(f"fd {fd} is no Unix stream socket")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self._listener = sock
             sock.setblocking(False)
@@ -158,9 +167,7 @@ class Server:
         device: Device | None = None
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
-            backend = Backend(
-                device, sock, without=self.without, without_features=self.without_features
-            )
+            backend = Backend(device, sock, without=self.without, without_features=self.without_features)
         except BaseException:
             sock.close()
             if device is not None:

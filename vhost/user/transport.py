@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vhost.errors import Disconnected, IncorrectFds, ProtocolError, ReplyTimeout, RequestFailed
@@ -235,6 +236,19 @@ class Transport:
             self._poll.register(fd, select.POLLIN)
         elif self._meanwhile.pop(fd, None) is not None:
             self._poll.unregister(fd)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have an OSError of a socket say which path it is about; Python's does for files alone."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # longer than a sockaddr_un
+            raise OSError(errno.ENAMETOOLONG, str(error), os.fspath(path)) from None
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def readable(fd: int) -> bool:
