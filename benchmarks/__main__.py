@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def run_one(name: str, options: argparse.Namespace, progress: Any) -> tuple[Any,
     module = importlib.import_module(f"benchmarks.{name}")
     suite = Suite(name, quick=options.quick, progress=progress)
     start = time.monotonic()
-    module.run(suite)
+    try:
+        module.run(suite)
+    except Exception:  # the other suites go on; the exit status tells
+        suite.failed = traceback.format_exc()
     return module, suite, time.monotonic() - start
 
 
@@ -55,6 +59,8 @@ def raw(options: argparse.Namespace) -> int:
     found = {}
     for name in options.suite:
         _, suite, _ = run_one(name, options, lambda done, steps, doing="": None)
+        if suite.failed:
+            sys.exit(suite.failed)
         found[name] = suite.as_json()
     print(f"\n{MARK}{json.dumps(found)}")
     return 0
@@ -89,11 +95,12 @@ def report(options: argparse.Namespace) -> int:
     what = machine.describe()
     terminal.say("  ".join(f"{key}: {value}" for key, value in what.items() if value != ""))
     whole: dict[str, Any] = {"machine": what, "date": date, "quick": options.quick, "suites": {}}
-    sections, verdicts = [], []
+    sections, verdicts, failed = [], [], False
     for name in options.suite:
         with terminal.progress(name) as progress:
             module, suite, seconds = run_one(name, options, progress)
         outcomes, far = judge(suite), limits.distances(suite)
+        failed = failed or bool(suite.failed)
         verdicts += [outcome.verdict for outcome in outcomes]
         terminal.suite(module.TITLE, module.TABLES, suite, outcomes, far)
         whole["suites"][name] = {
@@ -110,7 +117,7 @@ def report(options: argparse.Namespace) -> int:
     said = ", ".join(f"{n} {word}" for word, n in count.items() if n)
     terminal.say(f"aims: {said or 'none'}")
     terminal.say(f"figures: {options.json}  page: {options.html}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

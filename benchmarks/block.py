@@ -33,14 +33,20 @@ FILE_BYTES = 256 << 20
 CONTROL = (("randread", "event", 1), ("randread", "poll", 32))
 
 TITLE = (
-    "4 KiB random I/O from libblkio's own client, one queue, on a core of its own, through back-ends on the other: "
-    "a device that does nothing, and a file on tmpfs."
+    "4 KiB random I/O from libblkio's own client, one queue, on a core of its own, through back-ends on the "
+    "other: a device that does nothing, and a file on tmpfs."
 )
 TABLES = tuple(
-    Table(f"{device}: {what}", unit, rows=("kind", "wait", "depth"), columns=("subject",), where={"device": device})
+    Table(
+        f"{device}: {what}",
+        unit,
+        rows=("kind", "wait", "depth"),
+        columns=("subject",),
+        where={"device": device},
+    )
     for device in (NULL, FILE)
     for what, unit in (("I/O", KIOPS), ("CPU of the back-end", CPU_US))
-)  # fmt: skip
+)
 
 __all__ = ["Backend", "make_file", "qsd_modes", "run", "verify"]
 

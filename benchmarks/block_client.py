@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import harness
@@ -37,28 +38,47 @@ int start_long_queues(struct blkio *b)
 """
 
 
-def build_client(scratch: Path) -> Path:
-    base = catalogue.LIBBLKIO / "usr"
-    source = base / "share/doc/libblkio-dev/examples/blkio-bench.c"
-    library = next(base.glob("lib/*/libblkio.so*")).parent
-    program, wrappers, client = scratch / "blkio-bench", scratch / "wrappers.c", scratch / "client.o"
-    wrappers.write_text(WRAPPERS)
-    flags = ["-O2", "-w", "-D_GNU_SOURCE", f"-I{base / 'include'}"]
-    renamed = ["-Dsleep=sleep_ms", "-Dblkio_start=start_long_queues"]
-    link = [f"-L{library}", f"-Wl,-rpath,{library}", "-lblkio", "-lpthread"]
-    subprocess.run(["gcc", *flags, *renamed, "-c", str(source), "-o", str(client)], check=True)
-    subprocess.run(["gcc", *flags, str(client), str(wrappers), "-o", str(program), *link], check=True)
+BASE = catalogue.LIBBLKIO / "usr"
+
+
+def link(program: Path, *words: str) -> Path:
+    """A program over libblkio, from C or object files and flags."""
+    library = next(BASE.glob("lib/*/libblkio.so*")).parent
+    flags = ["-O2", "-D_GNU_SOURCE", f"-I{BASE / 'include'}"]
+    where = [f"-L{library}", f"-Wl,-rpath,{library}", "-lblkio", "-lpthread"]
+    subprocess.run(["gcc", *flags, *words, "-o", str(program), *where], check=True)
     return program
 
 
+def build_client(scratch: Path) -> Path:
+    source = BASE / "share/doc/libblkio-dev/examples/blkio-bench.c"
+    wrappers, client = scratch / "wrappers.c", scratch / "client.o"
+    wrappers.write_text(WRAPPERS)
+    flags = ["-O2", "-w", "-D_GNU_SOURCE", f"-I{BASE / 'include'}"]
+    renamed = ["-Dsleep=sleep_ms", "-Dblkio_start=start_long_queues"]
+    subprocess.run(["gcc", *flags, *renamed, "-c", str(source), "-o", str(client)], check=True)
+    return link(scratch / "blkio-bench", str(client), str(wrappers))
+
+
 def run_client(
-    program: Path, backend: Backend, depth: int, wait: str, kind: str, ms: int
+    program: Path,
+    backend: Backend,
+    depth: int,
+    wait: str,
+    kind: str,
+    ms: int,
+    *,
+    threads: int = 1,
+    cores: Iterable[int] | None = None,
 ) -> tuple[float, float]:
-    """Thousand I/Os a second, and CPU microseconds of the back-end per I/O."""
+    """Thousand I/Os a second, and CPU microseconds of the back-end per I/O. Each thread has a queue; they run
+    on `cores`, or on that of clients."""
+    cores = [harness.cores()[0]] if cores is None else list(cores)
     if backend.once:
         backend.start()
     pid = backend.process.pid
     command = [str(program), f"--iodepth={depth}", f"--readwrite={kind}", f"--runtime={ms}"]
+    command.append(f"--num-threads={threads}")
     command += ["--poll"] if wait == "poll" else []
     command += ["virtio-blk-vhost-user", f"path={backend.path}"]
     before = harness.cpu_seconds(pid)
@@ -68,7 +88,7 @@ def run_client(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: harness.pin([harness.cores()[0]]),
+        preexec_fn=lambda: harness.pin(cores),
     )
     harness.autogroup_first(client.pid)
     out, err = client.communicate(timeout=30 + ms / 1000)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import harness
@@ -24,6 +24,7 @@ sys.path.append(str(ROOT / "tests"))
 catalogue = importlib.import_module("peers.catalogue")
 
 NULL_BYTES = 1 << 30
+SERVE_BLK = (sys.executable, "-m", "vhost", "serve", "blk")
 
 # The arguments that serve a socket path (or, for one connection, an inherited descriptor).
 Command = Callable[[str], list[str]]
@@ -43,9 +44,9 @@ class Backend:
         self.once = once  # serves one connection, on a listening socket that it inherits
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, core: int | None = None) -> None:
-        if core is None:
-            core = harness.cores()[1]
+    def start(self, cores: Iterable[int] | None = None) -> None:
+        """On these cores, or on that of back-ends."""
+        cores = [harness.cores()[1]] if cores is None else list(cores)
         listener = None
         argument = str(self.path)
         self.path.unlink(missing_ok=True)
@@ -63,7 +64,7 @@ class Backend:
             pass_fds=[listener.fileno()] if listener else [],
             start_new_session=True,
             cwd=ROOT,
-            preexec_fn=lambda: harness.pin([core]),
+            preexec_fn=lambda: harness.pin(cores),
         )
         harness.autogroup_first(self.process.pid)
         if listener:
@@ -124,7 +125,12 @@ def qsd_modes(device: str, file: Path) -> dict[str, Command]:
 
 def ours(device: str, file: Path) -> Command:
     disk = ["--null-size", str(NULL_BYTES)] if device == NULL else ["--blk-file", str(file)]
-    return lambda path: [sys.executable, "-m", "vhost", "serve", "blk", "--socket-path", path, *disk]
+    return lambda path: [*SERVE_BLK, "--socket-path", path, *disk]
+
+
+def serve_blk(file: Path, *options: str) -> Command:
+    """Ours with a file, and more options."""
+    return lambda path: [*SERVE_BLK, "--socket-path", path, "--blk-file", str(file), *options]
 
 
 def contrib(file: Path) -> Command:

@@ -25,8 +25,8 @@ PARTS = ("kernel_ioctl", "kernel_net")
 KERNEL = "6.12"
 
 TITLE = (
-    "Inside a guest (TCG, so ratios only): each ioctl through its row of the table and through the method over "
-    "it, beside fcntl.ioctl with a buffer packed before; frames through vhost-net beside a tap."
+    "Inside a guest (TCG, so ratios only): each ioctl through its row of the table and through the method "
+    "over it, beside fcntl.ioctl with a buffer packed before; frames through vhost-net beside a tap."
 )
 TABLES = (
     Table("ioctls", US, rows=("ioctl",), columns=("subject",)),

@@ -65,7 +65,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _tmpfs(stack: ExitStack) -> int:
-    file = stack.enter_context(tempfile.TemporaryFile(prefix="vhost-bench-", dir="/dev/shm"))
+    file = stack.enter_context(tempfile.TemporaryFile(dir="/dev/shm"))  # noqa: SIM115
     for _ in range(FILE_BLOCKS * 4096 >> 20):
         file.write(os.urandom(1 << 20))
     file.flush()
@@ -126,12 +126,11 @@ class Distance:
 
 
 def _file(kind: str, step: str) -> tuple[Distance, ...]:
-    who = (OURS, CONTRIB, QSD)
-    return (
-        Distance("block", who, KIOPS, (EVENTFD, step), {"device": FILE, "kind": kind, "wait": "event", "depth": 1}),
-        Distance("block", who, KIOPS, (LINE, step), {"device": FILE, "kind": kind, "wait": "poll", "depth": 1}),
-        Distance("block", who, KIOPS, (step,), {"device": FILE, "kind": kind, "wait": "poll", "depth": 32}),
-    )  # fmt: skip
+    def row(limits: tuple[str, ...], wait: str, depth: int) -> Distance:
+        where: dict[str, Axis] = {"device": FILE, "kind": kind, "wait": wait, "depth": depth}
+        return Distance("block", (OURS, CONTRIB, QSD), KIOPS, limits, where)
+
+    return row((EVENTFD, step), "event", 1), row((LINE, step), "poll", 1), row((step,), "poll", 32)
 
 
 _NULL = {"device": NULL, "kind": "randread"}

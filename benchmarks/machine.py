@@ -88,12 +88,14 @@ def in_own_session(argv: Sequence[str]) -> int | None:
     command = [sys.executable, "-m", "benchmarks", *argv]
     with subprocess.Popen(command, env=env, start_new_session=True) as child:
         autogroup_first(child.pid)
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:  # the terminal's signal does not reach another session
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGINT)
+
+        def pass_on(number: int, frame: object) -> None:  # a terminal's signals do not reach another session
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGINT)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, pass_on)
+        return child.wait()
 
 
 def describe() -> dict[str, Any]:

@@ -72,6 +72,8 @@ def section(
     parts = [f'<h2 id="{suite.name}">{suite.name}</h2>', f"<p>{html.escape(title)}</p>"]
     if suite.skipped:
         parts.append(f'<p class="noise">skipped: {html.escape(suite.skipped)}</p>')
+    if suite.failed:
+        parts.append(f'<pre class="bad">{html.escape(suite.failed)}</pre>')
     parts += [f'<p class="noise">without {html.escape(who)}</p>' for who in suite.absent]
     parts.append(_table(tables.facts(outcomes)))
     for name, figure in plots.figures(shown, suite, outcomes):
@@ -93,8 +95,9 @@ def page(machine: Mapping[str, Any], when: str, sections: Sequence[str]) -> str:
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>pyvhost benchmarks</title>'
-        f"<style>{STYLE}</style></head><body><h1>pyvhost benchmarks</h1><p>{when}. What counts are ratios within "
-        "this run. A ratio is inside noise when its aim (or 1, where there is none) lies within its band: what "
-        "the controls are off by, and twice the error of the median.</p>"
+        f"<style>{STYLE}</style></head><body><h1>pyvhost benchmarks</h1>"
+        f"<p>{when}. What counts are ratios within this run. A ratio is inside noise when its aim (or 1, "
+        "where there is none) lies within its band: what the controls are off by, and twice the error of "
+        "the median.</p>"
         f"<dl>{facts}</dl>{''.join(sections)}</body></html>\n"
     )

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from benchmarks import harness, limits, ring_python
-from benchmarks.facts import BATCH, ENGINE, ENGINE_BATCH, FLOOR, ITERATE, PLAIN, REQUEST
+from benchmarks.facts import BATCH, ENGINE, ENGINE_BATCH, FLOOR, ITERATE, LIBVHOST_USER, PLAIN, REQUEST
 from benchmarks.harness import NS, Case, Cases, Suite, Table, again, cell
+from benchmarks.virtqueue_peers import libvhost_user
 from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue
 
@@ -41,7 +42,7 @@ AVAIL, USED, SMALL = 16 << 10, 19 << 10, 28 << 10
 POOL = 4096  # data addresses to walk through
 
 AGAIN = again(FLOOR)
-CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, ITERATE, BATCH, REQUEST, PLAIN)
+CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, LIBVHOST_USER, ITERATE, BATCH, REQUEST, PLAIN)
 
 SAMPLE_NS = 2_000_000  # about what one sample shall take
 GUESS = {
@@ -49,6 +50,7 @@ GUESS = {
     AGAIN: 10,
     ENGINE: 25,
     ENGINE_BATCH: 25,
+    LIBVHOST_USER: 70,
     ITERATE: 100,
     BATCH: 80,
     REQUEST: 200,
@@ -69,7 +71,9 @@ TABLES = tuple(
 def build() -> ctypes.CDLL:
     """The floor and csrc, with the flags of the real build."""
     here = harness.HERE
-    lib = harness.library("ring", [here / "ring_floor.c", here / "ring_engine.c", *harness.rings()])
+    lib = harness.library(
+        "ring", [here / "ring_floor.c", here / "ring_engine.c", here / "ring_foreign.c", *harness.rings()]
+    )
     pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_bool
     return harness.declare(
         lib,
@@ -83,6 +87,7 @@ def build() -> ctypes.CDLL:
         ("ring_engine_new", ctypes.c_int, pointer),
         ("ring_engine_delete", None, pointer),
         ("ring_engine_run", u64, pointer, flag, u32, u32, u32),
+        ("ring_foreign_run", u64, pointer, pointer, pointer, u32, u32, u32),
     )
 
 
@@ -280,6 +285,26 @@ def c_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
     return measure
 
 
+def foreign_case(ring: Ring, idle: Ring, peer: ctypes.CDLL) -> Callable[[int], float]:
+    """libvhost-user: as c_case, with its code in a library of its own."""
+    lib, arena = ring.lib, ring.arena
+    rounds = max(1, SAMPLE_NS // (GUESS[LIBVHOST_USER] * ROUND))
+    idle_rounds = max(1, rounds // 4)
+    host = arena.regions[0].host_addr + ring.offset
+    device = peer.ring_libvhost_new(
+        ctypes.addressof(arena.c_regions), arena.nregions, NUM, host, host + AVAIL, host + USED
+    )
+    serve = ctypes.cast(peer.ring_libvhost_serve, ctypes.c_void_p)
+
+    def measure(batch: int) -> float:
+        empty = lib.ring_floor_run(idle.handle, False, idle_rounds, ROUND, batch) / idle_rounds
+        total = lib.ring_foreign_run(ring.handle, serve, device, rounds, ROUND, batch)
+        ring.check(False, LIBVHOST_USER)
+        return (total / rounds - empty) / ROUND
+
+    return measure
+
+
 def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
     rounds = max(1, SAMPLE_NS // (GUESS[name] * ROUND))
     run, do_nothing = PYTHON[name](ring), nothing(idle)
@@ -299,15 +324,26 @@ def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
     return measure
 
 
-def make_cases(lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
+def make_cases(suite: Suite, lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
     cases: Cases = {}
+    peer = libvhost_user("ring_libvhost", harness.HERE / "ring_libvhost.c")
+    if isinstance(peer, str):
+        suite.leave_out(LIBVHOST_USER, peer)
+    else:
+        pointer, u32 = ctypes.c_void_p, ctypes.c_uint32
+        harness.declare(peer, ("ring_libvhost_new", pointer, pointer, u32, u32, pointer, pointer, pointer))
     for nregions in regions:
         arena = Arena(nregions, len(FORMATS) * (len(CASES) + 1))
         for form in FORMATS:
             idle = Ring(lib, arena, form == "packed")
             for name in CASES:
-                make = python_case if name in PYTHON else c_case
-                measure = make(Ring(lib, arena, form == "packed"), idle, name)
+                if name == LIBVHOST_USER and (isinstance(peer, str) or form == "packed"):
+                    continue  # it knows split rings only
+                ring = Ring(lib, arena, form == "packed")
+                if name == LIBVHOST_USER:
+                    measure = foreign_case(ring, idle, peer)
+                else:
+                    measure = (python_case if name in PYTHON else c_case)(ring, idle, name)
                 for batch in batches:
                     case = Case(name, cell(format=form, regions=nregions, batch=batch))
                     cases[case] = functools.partial(measure, batch)
@@ -327,6 +363,6 @@ def run(suite: Suite) -> None:
     harness.raise_fd_limit()
     with ExitStack() as stack:
         stack.enter_context(harness.pinned_to(harness.cores()[1]))
-        cases = make_cases(lib, regions, batches)
+        cases = make_cases(suite, lib, regions, batches)
         cases |= harness.limit_cases(stack, limits.LINE, limits.SYSCALL, limits.COPY_4K)
         suite.interleave(cases, NS, 9 if suite.quick else 15, budget=40 if suite.quick else 120)

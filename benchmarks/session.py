@@ -32,8 +32,8 @@ from vhost.user.messages import FrontendMsg
 from vhost.virtqueue import DriverQueue
 
 TITLE = (
-    "What talking vhost-user costs our front-end against back-ends, and ours among them: messages, and a whole "
-    "session; once with a core for each side, once with one for both."
+    "What talking vhost-user costs our front-end against back-ends, and ours among them: messages, and a "
+    "whole session; once with a core for each side, once with one for both."
 )
 PLACEMENTS = ("two cores", "one core")
 TABLES = tuple(
@@ -267,7 +267,7 @@ def make_cases(stack: contextlib.ExitStack, scratch: Path, suite: Suite, placeme
     found = list(backends(scratch, suite))
     for backend in found:
         stack.callback(backend.stop)
-        backend.start(core=core)
+        backend.start([core])
     sizes = {SETUP: setup.record(found[0].path), **call_sizes(found[1].path)}
     suite.note(f"{SETUP}: {len(sizes[SETUP])} messages, connecting and closing included")
 

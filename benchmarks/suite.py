@@ -106,6 +106,7 @@ class Suite:
         self.notes: list[str] = []
         self.absent: list[str] = []  # who does not take part, and why
         self.skipped = ""
+        self.failed = ""  # the traceback of what ended it
         self.taken = self.rejected = 0
 
     def interleave(
@@ -183,6 +184,7 @@ class Suite:
             "notes": self.notes,
             "absent": self.absent,
             "skipped": self.skipped,
+            "failed": self.failed,
             "samples": {"taken": self.taken, "rejected": self.rejected},
         }
 

@@ -93,6 +93,8 @@ class Terminal:
         self.say(title)
         if suite.skipped:
             self.say(f"skipped: {suite.skipped}", "yellow")
+        if suite.failed:
+            self.say(suite.failed, "red")
         for who in suite.absent:
             self.say(f"without {who}", "yellow")
         for table in shown:

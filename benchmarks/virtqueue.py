@@ -22,9 +22,9 @@ from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue
 
 TITLE = (
-    "128 descriptors in a split ring of 256, once through: the workloads of virtio-queue's own benchmark. It counts "
-    "descriptors; the others check and translate every buffer, too."
-)  # fmt: skip
+    "128 descriptors in a split ring of 256, once through: the workloads of virtio-queue's own benchmark. "
+    "It counts descriptors; the others check and translate every buffer, too."
+)
 TABLES = (Table("128 descriptors", NS, rows=("workload",), columns=("subject",)),)
 
 DESCRIPTORS = 128
