@@ -76,6 +76,7 @@ def run_client(
     cores = [harness.cores()[0]] if cores is None else list(cores)
     if backend.once:
         backend.start()
+    assert backend.process is not None, "not started"
     pid = backend.process.pid
     command = [str(program), f"--iodepth={depth}", f"--readwrite={kind}", f"--runtime={ms}"]
     command.append(f"--num-threads={threads}")

@@ -78,6 +78,7 @@ class Backend:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
                 probe.connect(str(self.path))
                 return
+            assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name} does not serve {self.path}\n{self.output()}")
             time.sleep(0.01)

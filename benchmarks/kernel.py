@@ -45,15 +45,14 @@ def run(suite: Suite) -> None:
 
 
 def _in_guest(suite: Suite) -> None:
-    from guest.kernel import find, run_in_kernel
-
-    kernel = find(KERNEL)
+    guest = importlib.import_module("guest.kernel")
+    kernel = guest.find(KERNEL)
     if kernel.missing():
         suite.skip(f"kernel {kernel.name}: {kernel.missing()} (make peers)")
         return
     command = [sys.executable, "-m", "benchmarks", "kernel", "--raw", *(["--quick"] if suite.quick else [])]
     suite.progress(0, 1, f"in a guest with kernel {kernel.release}")
-    outcome = run_in_kernel(kernel, shlex.join(command), timeout=1200, live=lambda text: None)
+    outcome = guest.run_in_kernel(kernel, shlex.join(command), timeout=1200, live=lambda text: None)
     if outcome.code != 0:
         raise RuntimeError(
             f"kernel {kernel.release}: {outcome.problem or f'exit {outcome.code}'}\n{outcome.output}"

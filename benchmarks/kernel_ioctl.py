@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import struct
 import time
@@ -135,9 +136,8 @@ def run(suite: Suite) -> None:
         devices += [net, vsock]
         calls = [*vhost_cases(net, stack), *vsock_cases(vsock)]
         if Path("/sys/bus/vdpa/drivers/vhost_vdpa").exists():
-            from kernel.vdpa_bus import vhost_vdpa
-
-            path = stack.enter_context(vhost_vdpa("bench", "vdpasim_blk"))
+            vdpa = importlib.import_module("kernel.vdpa_bus")
+            path = stack.enter_context(vdpa.vhost_vdpa("bench", "vdpasim_blk"))
             calls += vdpa_cases(stack.enter_context(VhostVdpa(path)))
         measure(suite, calls)
 

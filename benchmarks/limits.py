@@ -90,8 +90,12 @@ def _steps(stack: ExitStack, names: tuple[str, ...]) -> dict[str, tuple[Step, in
         PREAD: (lambda n: lib.limit_file(n, file, 4096, FILE_BLOCKS, False), 2000),
         PWRITE: (lambda n: lib.limit_file(n, file, 4096, FILE_BLOCKS, True), 2000),
     }
+
+    def copy(size: int) -> Step:
+        return lambda n: int(lib.limit_memcpy(n, size, CACHED))
+
     for name, size in ((COPY_64, 64), (COPY_1500, 1500), (COPY_2K, 2048), (COPY_4K, 4096)):
-        steps[name] = (lambda n, size=size: lib.limit_memcpy(n, size, CACHED), 10000)
+        steps[name] = copy(size), 10000
     return steps
 
 

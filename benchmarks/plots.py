@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.judge import Outcome
 from benchmarks.samples import INSIDE, MET, NO_LIMIT, NOT_MET
-from benchmarks.suite import LIMIT, Series, Suite, Table
+from benchmarks.suite import LIMIT, Series, Suite, Table, again
 
 VERDICTS = {MET: "#2f855a", INSIDE: "#b7791f", NOT_MET: "#c53030", NO_LIMIT: "#4a5568"}
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -41,6 +41,7 @@ def figures(
     drawn = [outcome for outcome in outcomes if outcome.cells and outcome.fact.under is not None]
     if drawn:
         yield f"{suite.name}-facts", _facts(drawn)
+    controls = {again(series.subject) for series in suite.series}
     for i, table in enumerate(tables):
         picked = [
             series
@@ -48,6 +49,7 @@ def figures(
             if series.unit.name == table.unit.name
             and series.matches(table.where)
             and not series.subject.startswith(LIMIT)
+            and series.subject not in controls
             and all(axis == "subject" or axis in series.axes for axis in (*table.rows, *table.columns))
             and math.isfinite(series.samples.median())
         ]
@@ -83,7 +85,7 @@ def _facts(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def _medians(table: Table, picked: Sequence[Series]) -> Figure:
-    """A group of bars a cell, a bar a subject, whiskers from the least to the most."""
+    """A group of bars a cell, a bar a subject, whiskers from the first to the third quartile."""
     subjects = list(dict.fromkeys(series.subject for series in picked))
     cells = list(dict.fromkeys(series.cell for series in picked))
     by_case = {(series.cell, series.subject): series.samples for series in picked}
@@ -98,7 +100,8 @@ def _medians(table: Table, picked: Sequence[Series]) -> Figure:
         for subject in present:
             samples = by_case[cell, subject]
             middle = samples.median()
-            reach = [[middle - min(samples.values)], [max(samples.values) - middle]]
+            low, high = samples.quartiles()
+            reach = [[middle - low], [high - middle]]
             colour = SUBJECTS[subjects.index(subject) % len(SUBJECTS)]
             label = None if subject in named else subject
             named.add(subject)
@@ -113,7 +116,7 @@ def _medians(table: Table, picked: Sequence[Series]) -> Figure:
         axes.set_xscale("log")
     _plain_ticks(axes)
     better = "more" if table.unit.more_is_better else "less"
-    axes.set_xlabel(f"{table.unit.name}; {better} is better; median, from the least to the most")
+    axes.set_xlabel(f"{table.unit.name}; {better} is better; median and quartiles")
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
     return figure
 

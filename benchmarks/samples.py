@@ -65,6 +65,13 @@ class Samples:
             return NAN
         return statistics.median(abs(value - middle) for value in self.values) / abs(middle)
 
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third; the only value twice where there is one."""
+        if len(self.values) < 2:
+            return self.median(), self.median()
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
     def error(self) -> float:
         """Twice the standard error of the median, as a fraction of it; infinite for fewer than 3 values."""
         if len(self.values) < 3:

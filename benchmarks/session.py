@@ -82,7 +82,7 @@ class Bare:
         self, lib: ctypes.CDLL, path: Path, steps: Steps, core: int, *, python: bool = False
     ) -> None:
         self.lib, self.path, self.steps, self.python = lib, path, steps, python
-        self.c_steps = (Step * len(steps))(*steps)
+        self.c_steps = (Step * len(steps))(*(Step(*step) for step in steps))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
@@ -115,7 +115,7 @@ class Bare:
         ns = self.lib.floor_round_trips(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
         if not ns:
             raise RuntimeError("the bare ping-pong failed")
-        return ns / 1e3 / rounds
+        return float(ns) / 1e3 / rounds
 
     def _talk(self, peer: socket.socket) -> None:
         for request, reply in self.steps:
@@ -135,7 +135,7 @@ class Bare:
         ns = self.lib.floor_sessions(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
         if not ns:
             raise RuntimeError("the bare ping-pong failed")
-        return ns / 1e3 / rounds
+        return float(ns) / 1e3 / rounds
 
 
 # ---------------------------------------------------------------- our front-end

@@ -133,7 +133,7 @@ def c_case(rig: Rig, lib: ctypes.CDLL, name: str, who: str, workload: Workload) 
                 )
         if name != "rust" or workload.push:  # its iterator gives nothing back
             rig.check(who, workload)
-        return total / ROUNDS  # type: ignore[no-any-return]
+        return float(total / ROUNDS)
 
     return measure
 

@@ -38,6 +38,11 @@ def test_the_spread_is_a_fraction_of_the_median() -> None:
     assert math.isnan(Samples([0.0, 0.0, 0.0]).spread())
 
 
+def test_quartiles_leave_wild_values_out() -> None:
+    assert Samples([1000.0, 1.0, 2.0, 3.0, 4.0]).quartiles() == (2.0, 4.0)
+    assert Samples([7.0]).quartiles() == (7.0, 7.0)
+
+
 def test_the_error_of_a_median_shrinks_with_the_root_of_the_repeats() -> None:
     few, many = Samples([9.0, 10.0, 11.0] * 3), Samples([9.0, 10.0, 11.0] * 12)
     assert few.error() == pytest.approx(2 * many.error())
