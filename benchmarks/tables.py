@@ -15,6 +15,9 @@ from benchmarks.limits import COPY_RAM, Far, bandwidth
 from benchmarks.samples import number
 from benchmarks.suite import LIMIT, Axis, Series, Suite, Table
 
+# The share of samples that could never be taken in quiet, above which a reader is warned.
+NOISY = 0.1
+
 
 @dataclass(frozen=True)
 class Text:
@@ -128,5 +131,7 @@ def controls(suite: Suite) -> str:
         words.append(f"the same twice (A/A control, {n}): {number(min(pairs))}-{number(max(pairs))}")
     if suite.taken:
         noisy = sum(series.samples.noisy for series in suite.series)
+        if noisy > NOISY * (suite.taken + noisy):
+            words.append("THIS MACHINE WAS BUSY: many samples were taken beside something else")
         words.append(f"samples: {suite.taken} taken, {suite.rejected} thrown away, {noisy} noisy ones kept")
     return "; ".join(words)
