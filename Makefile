@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/*/*.pyx vhost/*/*.pxd)
 
 .PHONY: all demo test test-c test-asan test-tsan test-peers test-guest test-unit peers bench lint wheel clean system
@@ -62,8 +63,15 @@ test-asan:
 test-tsan:
 	$(MAKE) -C tests/c tsan
 
-bench: $(VENV)/tools
-	$(BIN)/python -m benchmarks
+$(VENV)/bench: $(VENV)/built
+	$(BIN)/pip install -q --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	touch $@
+
+# BENCH_ARGS: suites and options, such as `--quick ring`.
+bench: $(VENV)/bench
+	-$(PYTHON) tests/install_peers.py --benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import struct
 import time
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks.facts import IOCTL, METHOD, ROW
+from benchmarks.harness import US, Case, Cases, Suite, again, cell
 from vhost.dirty_log import DirtyLog
 from vhost.features import VirtioF
 from vhost.kernel import KernelVhost, VhostNet, VhostVdpa, VhostVsock
@@ -32,7 +34,7 @@ CID = 1234
 
 
 @dataclass
-class Case:
+class Call:
     """One ioctl: the bytes it takes, the row's call and the method's."""
 
     row: Ioctl
@@ -48,7 +50,7 @@ class Case:
         return lambda: fcntl.ioctl(fd, number, buffer)
 
 
-def vhost_cases(net: VhostNet, stack: contextlib.ExitStack) -> list[Case]:
+def vhost_cases(net: VhostNet, stack: contextlib.ExitStack) -> list[Call]:
     fd = net.fd
     region = Region.allocate(1 << 20, guest_addr=GUEST)
     memory = GuestMemory([region])
@@ -64,8 +66,8 @@ def vhost_cases(net: VhostNet, stack: contextlib.ExitStack) -> list[Case]:
     table = struct.pack("II4Q", 1, 0, GUEST, region.size, region.host_addr, 0)
     addresses = struct.pack("II4Q", 0, 0, hosts[0], hosts[2], hosts[1], 0)
 
-    def case(row: Any, argument: bytes, arguments: tuple[Any, ...], method: Callable[[], object]) -> Case:
-        return Case(row, argument, lambda: row(fd, *arguments), method, fd)
+    def case(row: Any, argument: bytes, arguments: tuple[Any, ...], method: Callable[[], object]) -> Call:
+        return Call(row, argument, lambda: row(fd, *arguments), method, fd)
 
     word = struct.Struct("Q").pack
     return [
@@ -89,78 +91,65 @@ def vhost_cases(net: VhostNet, stack: contextlib.ExitStack) -> list[Case]:
     ]  # fmt: skip
 
 
-def vsock_cases(vsock: VhostVsock) -> list[Case]:
+def vsock_cases(vsock: VhostVsock) -> list[Call]:
     fd = vsock.fd
     return [
-        Case(k.VSOCK_SET_GUEST_CID, struct.pack("Q", CID), lambda: k.VSOCK_SET_GUEST_CID(fd, CID),
+        Call(k.VSOCK_SET_GUEST_CID, struct.pack("Q", CID), lambda: k.VSOCK_SET_GUEST_CID(fd, CID),
              lambda: vsock.set_guest_cid(CID), fd),
-        Case(k.VSOCK_SET_RUNNING, struct.pack("i", 0), lambda: k.VSOCK_SET_RUNNING(fd, 0),
+        Call(k.VSOCK_SET_RUNNING, struct.pack("i", 0), lambda: k.VSOCK_SET_RUNNING(fd, 0),
              lambda: vsock.set_running(False), fd),
     ]  # fmt: skip
 
 
-def vdpa_cases(disk: VhostVdpa) -> list[Case]:
+def vdpa_cases(disk: VhostVdpa) -> list[Call]:
     fd = disk.fd
     config = struct.pack("II8x", 0, 8)
     return [
-        Case(k.VDPA_GET_STATUS, bytes(1), lambda: k.VDPA_GET_STATUS(fd), lambda: disk.get_status(), fd),
-        Case(k.VDPA_GET_CONFIG, config, lambda: k.VDPA_GET_CONFIG(fd, 0, 8),
+        Call(k.VDPA_GET_STATUS, bytes(1), lambda: k.VDPA_GET_STATUS(fd), lambda: disk.get_status(), fd),
+        Call(k.VDPA_GET_CONFIG, config, lambda: k.VDPA_GET_CONFIG(fd, 0, 8),
              lambda: disk.get_config(0, 8), fd),
-        Case(k.VDPA_GET_VRING_NUM, bytes(2), lambda: k.VDPA_GET_VRING_NUM(fd),
+        Call(k.VDPA_GET_VRING_NUM, bytes(2), lambda: k.VDPA_GET_VRING_NUM(fd),
              lambda: disk.get_vring_num_max(), fd),
-        Case(k.VDPA_GET_IOVA_RANGE, bytes(16), lambda: k.VDPA_GET_IOVA_RANGE(fd),
+        Call(k.VDPA_GET_IOVA_RANGE, bytes(16), lambda: k.VDPA_GET_IOVA_RANGE(fd),
              lambda: disk.get_iova_range(), fd),
-        Case(k.VDPA_SET_VRING_ENABLE, struct.pack("II", 0, 0), lambda: k.VDPA_SET_VRING_ENABLE(fd, 0, 0),
+        Call(k.VDPA_SET_VRING_ENABLE, struct.pack("II", 0, 0), lambda: k.VDPA_SET_VRING_ENABLE(fd, 0, 0),
              lambda: disk.set_vring_enable(0, False), fd),
     ]  # fmt: skip
 
 
 def timed(call: Callable[[], object], times: int) -> Callable[[], float]:
+    """Microseconds a call."""
+
     def measure() -> float:
         start = time.perf_counter_ns()
         for _ in range(times):
             call()
-        return (time.perf_counter_ns() - start) / times
+        return (time.perf_counter_ns() - start) / times / 1e3
 
     return measure
 
 
-def run(*, quick: bool) -> dict[str, Any]:
+def run(suite: Suite) -> None:
     with contextlib.ExitStack() as stack:
         devices: list[KernelVhost] = []
         net, vsock = stack.enter_context(VhostNet()), stack.enter_context(VhostVsock(CID))
         devices += [net, vsock]
-        cases = [*vhost_cases(net, stack), *vsock_cases(vsock)]
+        calls = [*vhost_cases(net, stack), *vsock_cases(vsock)]
         if Path("/sys/bus/vdpa/drivers/vhost_vdpa").exists():
-            from kernel.vdpa_bus import vhost_vdpa
+            vdpa = importlib.import_module("kernel.vdpa_bus")
+            path = stack.enter_context(vdpa.vhost_vdpa("bench", "vdpasim_blk"))
+            calls += vdpa_cases(stack.enter_context(VhostVdpa(path)))
+        measure(suite, calls)
 
-            path = stack.enter_context(vhost_vdpa("bench", "vdpasim_blk"))
-            cases += vdpa_cases(stack.enter_context(VhostVdpa(path)))
-        return measure(cases, quick)
 
-
-def measure(cases: list[Case], quick: bool) -> dict[str, Any]:
-    times = 100 if quick else 300
-    ways: dict[tuple[str, str], Callable[[], float]] = {}
-    for case in cases:
-        name = case.row.name
-        ways[name, "bare"] = timed(case.bare(), times)
-        ways[name, "again"] = timed(case.bare(), times)  # the control: the same once more
-        ways[name, "row"] = timed(case.call, times)
-        ways[name, "method"] = timed(case.method, times)
-    results = harness.interleave(ways, 7 if quick else 21, progress=harness.show_progress("ioctls"))
-    rows, figures = [], []
-    for case in cases:
-        name = case.row.name
-        bare = results[name, "bare"]
-        ratios = [harness.ratio(results[name, way], bare) for way in ("again", "row", "method")]
-        medians = [results[name, way].median() for way in ("bare", "row", "method")]
-        rows.append(
-            [name, *(f"{value / 1000:.1f}" for value in medians), *(f"{r.median():.2f}" for r in ratios)]
-        )
-        figures.append(
-            {"ioctl": name, **{way: results[name, way].as_json() for way in ("bare", "row", "method")}}
-        )
-    headers = ["microseconds", "bare", "row", "method", "bare/bare", "row/bare", "method/bare"]
-    print(harness.table(headers, rows, "ioctls: bare is fcntl.ioctl with a prebuilt buffer; medians"))
-    return {"ioctls": figures}
+def measure(suite: Suite, calls: list[Call]) -> None:
+    times = 100 if suite.quick else 300
+    cases: Cases = {}
+    for call in calls:
+        here = cell(ioctl=call.row.name)
+        cases[Case(IOCTL, here)] = timed(call.bare(), times)
+        cases[Case(again(IOCTL), here)] = timed(call.bare(), times)
+        cases[Case(ROW, here)] = timed(call.call, times)
+        cases[Case(METHOD, here)] = timed(call.method, times)
+    # Under TCG the calibration loop is interpreted, too, and never quiet.
+    suite.interleave(cases, US, 7 if suite.quick else 21, calibrate=False, doing="ioctls")

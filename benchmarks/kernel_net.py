@@ -8,18 +8,17 @@ compared is the same number of frames of the same size the same way, in turns.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from benchmarks import harness
+from benchmarks.facts import BATCHES, PUMP, SINGLES, TAP_C, TAP_PYTHON
+from benchmarks.harness import KPPS, Case, Cases, Suite, again, cell
 from vhost.drivers import Net
 from vhost.kernel import Tap, VhostNet
 
@@ -27,17 +26,15 @@ ETHERTYPE = 0x88B5
 FRAME = bytes.fromhex("020000000001020000000002") + ETHERTYPE.to_bytes(2, "big") + bytes(50)
 BURST = 32
 HEADER = bytes(10)
-HERE = Path(__file__).parent
 
 
-def build(scratch: Path) -> ctypes.CDLL:
-    library = scratch / "tap_floor.so"
-    source = str(HERE / "tap_floor.c")
-    subprocess.run(["gcc", "-O2", "-fPIC", "-shared", source, "-o", str(library)], check=True)
-    lib = ctypes.CDLL(str(library))
-    lib.tap_floor_send.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint]
-    lib.tap_floor_recv.argtypes = [ctypes.c_int, ctypes.c_uint]
-    return lib
+def build() -> ctypes.CDLL:
+    fd, count = ctypes.c_int, ctypes.c_uint
+    return harness.declare(
+        harness.library("tap", [harness.HERE / "tap_floor.c"]),
+        ("tap_floor_send", count, fd, ctypes.c_char_p, ctypes.c_size_t, count),
+        ("tap_floor_recv", count, fd, count),
+    )
 
 
 @contextmanager
@@ -49,9 +46,10 @@ def tap_up() -> Iterator[Tap]:
 
 
 def per_second(count: int, work: Callable[[int], None]) -> float:
+    """Thousands."""
     start = time.perf_counter()
     work(count)
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start) / 1e3
 
 
 def senders(lib: ctypes.CDLL, nic: Net, tap: Tap) -> dict[str, Callable[[int], None]]:
@@ -86,11 +84,11 @@ def senders(lib: ctypes.CDLL, nic: Net, tap: Tap) -> dict[str, Callable[[int], N
         assert lib.tap_floor_send(tap.fileno(), data, len(data), count) == count
 
     return {
-        "write() in Python": raw,
-        "write() in C": floor,
-        "send": singles,
-        "send_batch": batches,
-        "pump (C)": pump,
+        TAP_PYTHON: raw,
+        TAP_C: floor,
+        SINGLES: singles,
+        BATCHES: batches,
+        PUMP: pump,
     }
 
 
@@ -134,17 +132,16 @@ def receivers(
         assert lib.tap_floor_recv(tap.fileno(), count) == count
 
     return {
-        "read() in Python": timed(to_tap, raw),
-        "read() in C": timed(to_tap, floor),
-        "recv": timed(to_nic, singles),
-        "recv_batch": timed(to_nic, batches),
-        "pump (C)": timed(to_nic, pump),
+        TAP_PYTHON: timed(to_tap, raw),
+        TAP_C: timed(to_tap, floor),
+        SINGLES: timed(to_nic, singles),
+        BATCHES: timed(to_nic, batches),
+        PUMP: timed(to_nic, pump),
     }
 
 
-def run(*, quick: bool = False) -> dict[str, Any]:
-    count, rounds = (2048, 3) if quick else (8192, 7)
-    report: dict[str, Any] = {}
+def run(suite: Suite) -> None:
+    count, rounds = (2048, 3) if suite.quick else (8192, 7)
     with ExitStack() as stack:
         tap, bare = stack.enter_context(tap_up()), stack.enter_context(tap_up())
         nic = stack.enter_context(Net(stack.enter_context(VhostNet()), backend=tap))
@@ -153,23 +150,13 @@ def run(*, quick: bool = False) -> dict[str, Any]:
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
             wire.bind((one.name, 0))
             wires.append(wire)
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-"))
-        lib = build(Path(scratch))
+        lib = build()
         directions = {"send": senders(lib, nic, bare), "receive": receivers(lib, nic, bare, *wires)}
         for direction, work in directions.items():
-            cases = {name: (lambda do=do: per_second(count, do)) for name, do in work.items()}
-            results = harness.interleave(cases, rounds)
-            python, c = list(results.values())[:2]
-            rows = [
-                [name, harness.number(s.median() / 1000),
-                 *(f"{harness.ratio(s, baseline).median():.2f}" for baseline in (python, c))]
-                for name, s in results.items()
-            ]  # fmt: skip
-            title = f"{direction}, {len(FRAME)}-byte frames, one pair"
-            print(harness.table(["", "thousand/s", "/ Python's", "/ C's"], rows, title))
-            report[direction] = {name: samples.as_json() for name, samples in results.items()}
-    return report
-
-
-if __name__ == "__main__":
-    run(quick="--quick" in sys.argv)
+            cases: Cases = {}
+            for name, do in work.items():
+                measure = functools.partial(per_second, count, do)
+                cases[Case(name, cell(direction=direction))] = measure
+                if name == TAP_C:
+                    cases[Case(again(name), cell(direction=direction))] = measure
+            suite.interleave(cases, KPPS, rounds, calibrate=False, doing=direction)

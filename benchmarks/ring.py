@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import random
 import struct
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
-from benchmarks import harness, ring_python
-from benchmarks.harness import Aim, Samples
+from benchmarks import harness, limits, ring_python
+from benchmarks.facts import BATCH, ENGINE, ENGINE_BATCH, FLOOR, ITERATE, LIBVHOST_USER, PLAIN, REQUEST
+from benchmarks.harness import NS, Case, Cases, Suite, Table, again, cell
+from benchmarks.virtqueue_peers import libvhost_user
 from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue
-
-HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
 
 NUM = 1024
 ROUND = 256  # chains laid out at once; a batch divides it
@@ -46,11 +41,8 @@ AREA = 40 << 10  # one case's ring, headers and status bytes, all in region 0
 AVAIL, USED, SMALL = 16 << 10, 19 << 10, 28 << 10
 POOL = 4096  # data addresses to walk through
 
-FLOOR, AGAIN = "C floor, unchecked", "C floor again (A/A)"
-ENGINE, ENGINE_BATCH = "C engine", "C engine, pop_batch"
-ITERATE, BATCH = "for chain in queue", "pop_batch, push_batch"
-REQUEST, PLAIN = "full request in Python", "plain Python"
-CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, ITERATE, BATCH, REQUEST, PLAIN)
+AGAIN = again(FLOOR)
+CASES = (FLOOR, AGAIN, ENGINE, ENGINE_BATCH, LIBVHOST_USER, ITERATE, BATCH, REQUEST, PLAIN)
 
 SAMPLE_NS = 2_000_000  # about what one sample shall take
 GUESS = {
@@ -58,6 +50,7 @@ GUESS = {
     AGAIN: 10,
     ENGINE: 25,
     ENGINE_BATCH: 25,
+    LIBVHOST_USER: 70,
     ITERATE: 100,
     BATCH: 80,
     REQUEST: 200,
@@ -65,27 +58,25 @@ GUESS = {
 }
 
 
+TITLE = (
+    "What a chain of a 16-byte header, 4096 bytes of data and a status byte costs a device: popped, walked, "
+    f"translated, pushed, and one decision to notify a batch; rings of {NUM}."
+)
+TABLES = tuple(
+    Table(f"{form} ring", NS, rows=("subject",), columns=("regions", "batch"), where={"format": form})
+    for form in FORMATS
+)
+
+
 def build() -> ctypes.CDLL:
-    """Compile the floor and csrc, with the flags of the real build, once per state of the sources."""
-    sources = [HERE / "ring_floor.c", HERE / "ring_engine.c"]
-    sources += sorted(path for path in CSRC.glob("*.c") if not path.name.startswith("engine_"))
-    flags = ["-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", f"-I{CSRC}", f"-I{HERE}"]
-    # Calls between the files are direct, as in the extension modules, where they are hidden.
-    flags += ["-fno-semantic-interposition", "-Wl,-Bsymbolic"]
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for path in [*sources, *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.h"))]:
-        digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvhost" / "benchmarks"
-    cache.mkdir(parents=True, exist_ok=True)
-    library = cache / f"ring-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / library.name
-            subprocess.run(["gcc", *flags, *map(str, sources), "-o", str(made)], check=True)
-            made.replace(library)
-    lib = ctypes.CDLL(str(library))
+    """The floor and csrc, with the flags of the real build."""
+    here = harness.HERE
+    lib = harness.library(
+        "ring", [here / "ring_floor.c", here / "ring_engine.c", here / "ring_foreign.c", *harness.rings()]
+    )
     pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_bool
-    for name, result, *arguments in (
+    return harness.declare(
+        lib,
         ("ring_new", pointer, flag, u32, pointer, pointer, pointer, pointer, u32, u32, u64, pointer, u32),
         ("ring_delete", None, pointer),
         ("ring_refill", None, pointer, u32, u32),
@@ -96,10 +87,8 @@ def build() -> ctypes.CDLL:
         ("ring_engine_new", ctypes.c_int, pointer),
         ("ring_engine_delete", None, pointer),
         ("ring_engine_run", u64, pointer, flag, u32, u32, u32),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+        ("ring_foreign_run", u64, pointer, pointer, pointer, u32, u32, u32),
+    )
 
 
 class GuestRegion(ctypes.Structure):
@@ -128,7 +117,7 @@ class Arena:
             os.close(fd)
         self.memory = GuestMemory(self.regions)
         self.c_regions = (GuestRegion * nregions)(
-            *((r.guest_addr, r.user_addr, r.size, r.host_addr) for r in self.regions)
+            *(GuestRegion(r.guest_addr, r.user_addr, r.size, r.host_addr) for r in self.regions)
         )
         taken = areas * AREA
         room = (size - taken) // DATA
@@ -291,7 +280,27 @@ def c_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
         else:
             total = lib.ring_floor_run(handle, True, rounds, ROUND, batch)
         ring.check(False, name)
-        return (total / rounds - empty) / ROUND
+        return float(total / rounds - empty) / ROUND
+
+    return measure
+
+
+def foreign_case(ring: Ring, idle: Ring, peer: ctypes.CDLL) -> Callable[[int], float]:
+    """libvhost-user: as c_case, with its code in a library of its own."""
+    lib, arena = ring.lib, ring.arena
+    rounds = max(1, SAMPLE_NS // (GUESS[LIBVHOST_USER] * ROUND))
+    idle_rounds = max(1, rounds // 4)
+    host = arena.regions[0].host_addr + ring.offset
+    device = peer.ring_libvhost_new(
+        ctypes.addressof(arena.c_regions), arena.nregions, NUM, host, host + AVAIL, host + USED
+    )
+    serve = ctypes.cast(peer.ring_libvhost_serve, ctypes.c_void_p)
+
+    def measure(batch: int) -> float:
+        empty = lib.ring_floor_run(idle.handle, False, idle_rounds, ROUND, batch) / idle_rounds
+        total = lib.ring_foreign_run(ring.handle, serve, device, rounds, ROUND, batch)
+        ring.check(False, LIBVHOST_USER)
+        return float(total / rounds - empty) / ROUND
 
     return measure
 
@@ -310,96 +319,50 @@ def python_case(ring: Ring, idle: Ring, name: str) -> Callable[[int], float]:
         empty = min(timed(do_nothing, idle.published(batch)) for _ in range(3))
         total = sum(timed(run, ring.published(batch)) for _ in range(rounds))
         ring.check(name == REQUEST, name)
-        return (total / rounds - empty) / ROUND
+        return float(total / rounds - empty) / ROUND
 
     return measure
 
 
-Key = tuple[str, int, int, str]  # format, regions, batch, case
-
-
-Cases = dict[Key, Callable[[], float]]
-
-
-def make_cases(lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
+def make_cases(suite: Suite, lib: ctypes.CDLL, regions: tuple[int, ...], batches: tuple[int, ...]) -> Cases:
     cases: Cases = {}
+    peer = libvhost_user("ring_libvhost", harness.HERE / "ring_libvhost.c")
+    if isinstance(peer, str):
+        suite.leave_out(LIBVHOST_USER, peer)
+    else:
+        pointer, u32 = ctypes.c_void_p, ctypes.c_uint32
+        harness.declare(peer, ("ring_libvhost_new", pointer, pointer, u32, u32, pointer, pointer, pointer))
     for nregions in regions:
         arena = Arena(nregions, len(FORMATS) * (len(CASES) + 1))
         for form in FORMATS:
             idle = Ring(lib, arena, form == "packed")
             for name in CASES:
-                make = python_case if name in PYTHON else c_case
-                measure = make(Ring(lib, arena, form == "packed"), idle, name)
+                ring = Ring(lib, arena, form == "packed")
+                if name == LIBVHOST_USER:
+                    if isinstance(peer, str) or ring.packed:
+                        continue  # it knows split rings only
+                    measure = foreign_case(ring, idle, peer)
+                else:
+                    measure = (python_case if name in PYTHON else c_case)(ring, idle, name)
                 for batch in batches:
-                    cases[form, nregions, batch, name] = functools.partial(measure, batch)
+                    case = Case(name, cell(format=form, regions=nregions, batch=batch))
+                    cases[case] = functools.partial(measure, batch)
 
     # Cases and region counts side by side: the ratios that count are between neighbours.
-    def order(key: Key) -> tuple[str, int, int, int]:
-        form, nregions, batch, name = key
-        return form, batch, CASES.index(name), nregions
+    def order(case: Case) -> tuple[object, ...]:
+        axes = dict(case.cell)
+        return axes["format"], axes["batch"], CASES.index(case.subject), axes["regions"]
 
-    return {key: cases[key] for key in sorted(cases, key=order)}
-
-
-AIMS = (
-    (Aim("C engine / floor", 4), ENGINE_BATCH, FLOOR),
-    (Aim("for chain in queue / floor", 12), ITERATE, FLOOR),
-    (Aim("full request in Python / floor", 30), REQUEST, FLOOR),
-    (Aim("plain Python / C engine", 50, at_least=True), PLAIN, ENGINE_BATCH),
-    (Aim("plain Python / for chain in queue", 40, at_least=True), PLAIN, ITERATE),
-    (Aim("plain Python / full request in Python", 20, at_least=True), PLAIN, REQUEST),
-)
+    return {case: cases[case] for case in sorted(cases, key=order)}
 
 
-def judge(results: dict[Key, Samples], regions: tuple[int, ...]) -> list[tuple[Aim, Samples]]:
-    """The aims are for batches of 32: one region, then the most regions against one."""
-    judged = []
-    for form in FORMATS:
-        for aim, over, under in AIMS:
-            pair = harness.ratio(results[form, 1, 32, over], results[form, 1, 32, under])
-            judged.append((Aim(f"{form}: {aim.what}", aim.limit, aim.at_least), pair))
-        for name in (ENGINE_BATCH, ITERATE):
-            many = harness.ratio(results[form, regions[-1], 32, name], results[form, 1, 32, name])
-            judged.append((Aim(f"{form}: {name}, {regions[-1]} regions / 1", 1.3), many))
-        control = harness.ratio(results[form, 1, 32, AGAIN], results[form, 1, 32, FLOOR])
-        judged.append((Aim(f"{form}: A/A control, floor / floor", 1.05), control))
-    return judged
-
-
-def run(*, quick: bool) -> dict[str, Any]:
-    regions = (1, 509) if quick else REGIONS
-    batches = (32,) if quick else BATCHES
+def run(suite: Suite) -> None:
+    regions = (1, 64, 509) if suite.quick else REGIONS
+    batches = (1, 32) if suite.quick else BATCHES
     lib = build()
     harness.raise_fd_limit()
-    with harness.pinned_to(harness.cores()[1]):
-        calibration = harness.Calibration()
-        cases = make_cases(lib, regions, batches)
-        results = harness.interleave(
-            cases,
-            9 if quick else 15,
-            calibration,
-            budget=25 if quick else 100,
-            progress=harness.show_progress("ring"),
-        )
-    for form in FORMATS:
-        columns = [(nregions, batch) for nregions in regions for batch in batches]
-        headers = [f"{form}, ns a chain", *(f"{nregions}r/{batch}" for nregions, batch in columns), "+-%"]
-        rows = []
-        for name in CASES:
-            picked = [results[form, nregions, batch, name] for nregions, batch in columns]
-            spread = max(samples.spread() for samples in picked) * 100
-            rows.append([name, *(harness.number(samples.median()) for samples in picked), f"{spread:.0f}"])
-        title = f"{form} ring, {NUM} entries; columns: regions / batch; +-: worst MAD"
-        print(harness.table(headers, rows, title))
-    judged = judge(results, regions)
-    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged], "batch 32"))
-    noisy = sum(samples.noisy for samples in results.values())
-    print(f"samples: {calibration.taken} taken, {calibration.rejected} thrown away, {noisy} noisy ones kept")
-    return {
-        "ns_per_chain": [
-            {"format": key[0], "regions": key[1], "batch": key[2], "case": key[3], **samples.as_json()}
-            for key, samples in results.items()
-        ],
-        "aims": [aim.as_json(samples) for aim, samples in judged],
-        "samples": {"taken": calibration.taken, "rejected": calibration.rejected, "noisy": noisy},
-    }
+    with ExitStack() as stack:
+        stack.enter_context(harness.pinned_to(harness.cores()[1]))
+        cases = make_cases(suite, lib, regions, batches)
+        cases |= harness.limit_cases(stack, limits.LINE, limits.SYSCALL, limits.COPY_4K)
+        suite.interleave(cases, NS, 9 if suite.quick else 15, budget=40 if suite.quick else 120)

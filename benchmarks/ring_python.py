@@ -141,7 +141,7 @@ class PackedRing:
             U32_PAIR.pack_into(self.desc, at + 8, written, ident | (0 if not wrap else (AVAIL | USED) << 16))
         event, mode = U16_PAIR.unpack_from(self.driver, 0)
         if mode != EVENT_DESC:
-            return mode == 0
+            return bool(mode == 0)
         offset = event & 0x7FFF
         if bool(event >> 15) != self.wrap:
             offset -= self.num

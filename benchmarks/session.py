@@ -15,7 +15,6 @@ import functools
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,18 +22,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import block, harness
-from benchmarks.harness import Aim, Samples
+from benchmarks import block_peers, harness, limits
+from benchmarks.facts import BARE, BARE_PYTHON, BLK, CONTRIB, NULL, QSD, RNG
+from benchmarks.harness import US, Case, Cases, Suite, Table, again, cell
 from vhost.features import VirtioF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend import Frontend
 from vhost.user.messages import FrontendMsg
 from vhost.virtqueue import DriverQueue
 
-HERE = Path(__file__).parent
-RNG, BLK = "ours, serve rng", "ours, serve blk"
-BARE = "bare socket, C"
-BARE_PYTHON = "bare socket, Python"
+TITLE = (
+    "What talking vhost-user costs our front-end against back-ends, and ours among them: messages, and a "
+    "whole session; once with a core for each side, once with one for both."
+)
+PLACEMENTS = ("two cores", "one core")
+TABLES = tuple(
+    Table(placement, US, rows=("what",), columns=("subject",), where={"placement": placement})
+    for placement in PLACEMENTS
+)
 NUM = 256
 SETUP = "session set-up"
 
@@ -48,17 +53,15 @@ class Step(ctypes.Structure):
 # ---------------------------------------------------------------- the bare ping-pong
 
 
-def build(scratch: Path) -> ctypes.CDLL:
-    library = scratch / "session_floor.so"
-    source = HERE / "session_floor.c"
-    subprocess.run(["gcc", "-O2", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
-    lib = ctypes.CDLL(str(library))
+def build() -> ctypes.CDLL:
     u32, u64, path = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_char_p
     steps = ctypes.POINTER(Step)
-    lib.floor_serve.argtypes = [ctypes.c_int, steps, u32]
-    for function in (lib.floor_round_trips, lib.floor_sessions):
-        function.restype, function.argtypes = u64, [path, steps, u32, u32]
-    return lib
+    return harness.declare(
+        harness.library("session", [harness.HERE / "session_floor.c"]),
+        ("floor_serve", ctypes.c_int, ctypes.c_int, steps, u32),
+        ("floor_round_trips", u64, path, steps, u32, u32),
+        ("floor_sessions", u64, path, steps, u32, u32),
+    )
 
 
 def serve_python(listener: socket.socket, steps: Steps) -> None:
@@ -79,7 +82,7 @@ class Bare:
         self, lib: ctypes.CDLL, path: Path, steps: Steps, core: int, *, python: bool = False
     ) -> None:
         self.lib, self.path, self.steps, self.python = lib, path, steps, python
-        self.c_steps = (Step * len(steps))(*steps)
+        self.c_steps = (Step * len(steps))(*(Step(*step) for step in steps))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
@@ -112,7 +115,7 @@ class Bare:
         ns = self.lib.floor_round_trips(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
         if not ns:
             raise RuntimeError("the bare ping-pong failed")
-        return ns / 1e3 / rounds
+        return float(ns) / 1e3 / rounds
 
     def _talk(self, peer: socket.socket) -> None:
         for request, reply in self.steps:
@@ -132,7 +135,7 @@ class Bare:
         ns = self.lib.floor_sessions(str(self.path).encode(), self.c_steps, len(self.steps), rounds)
         if not ns:
             raise RuntimeError("the bare ping-pong failed")
-        return ns / 1e3 / rounds
+        return float(ns) / 1e3 / rounds
 
 
 # ---------------------------------------------------------------- our front-end
@@ -241,112 +244,76 @@ def round_trips(frontend: Frontend, call: Callable[[Frontend], object], rounds: 
 
 # ---------------------------------------------------------------- measuring
 
-Key = tuple[str, str]  # what, against whom
 
-
-def backends(scratch: Path, notes: list[str]) -> Iterator[block.Backend]:
+def backends(scratch: Path, suite: Suite) -> Iterator[block_peers.Backend]:
     serve = [sys.executable, "-m", "vhost", "serve"]
-    yield block.Backend(RNG, lambda path: [*serve, "rng", "--socket-path", path], scratch / "rng")
-    yield block.Backend(BLK, block.ours(block.NULL, scratch), scratch / "blk")
-    if missing := block.catalogue.PEERS["qsd"].missing():
-        notes.append(f"without {block.QSD}: {missing}")
+    yield block_peers.Backend(RNG, lambda path: [*serve, "rng", "--socket-path", path], scratch / "rng")
+    yield block_peers.Backend(BLK, block_peers.ours(NULL, scratch), scratch / "blk")
+    if missing := block_peers.missing("qsd"):
+        suite.leave_out(QSD, missing)
     else:
-        qsd = block.qsd_modes(block.NULL, scratch)["null-co, main loop"]
-        yield block.Backend(block.QSD, qsd, scratch / "qsd")
-    if missing := block.catalogue.PEERS["contrib-vhost-user-blk"].missing():
-        notes.append(f"without {block.CONTRIB}: {missing} (make peers)")
+        qsd = block_peers.qsd_modes(NULL, scratch)["null-co, main loop"]
+        yield block_peers.Backend(QSD, qsd, scratch / "qsd")
+    if missing := block_peers.missing("contrib-vhost-user-blk"):
+        suite.leave_out(CONTRIB, missing)
     else:
         disk = scratch / "disk"
         disk.write_bytes(bytes(1 << 20))
-        yield block.Backend(block.CONTRIB, block.contrib(disk), scratch / "contrib", once=True)
+        yield block_peers.Backend(CONTRIB, block_peers.contrib(disk), scratch / "contrib", once=True)
 
 
-def make_cases(
-    stack: contextlib.ExitStack, scratch: Path, notes: list[str], core: int
-) -> dict[Key, Callable[[], float]]:
-    lib, setup = build(scratch), Setup()
-    found = list(backends(scratch, notes))
+def make_cases(stack: contextlib.ExitStack, scratch: Path, suite: Suite, placement: str, core: int) -> Cases:
+    lib, setup = build(), Setup()
+    found = list(backends(scratch, suite))
     for backend in found:
         stack.callback(backend.stop)
-        backend.start(core=core)
+        backend.start([core])
     sizes = {SETUP: setup.record(found[0].path), **call_sizes(found[1].path)}
-    notes.append(f"{SETUP}: {len(sizes[SETUP])} messages, connecting and closing included")
+    suite.note(f"{SETUP}: {len(sizes[SETUP])} messages, connecting and closing included")
 
-    bare: dict[Key, Bare] = {}
+    cases: Cases = {}
     for i, (what, steps) in enumerate(sizes.items()):
+        here = cell(what=what, placement=placement)
         for name in (BARE, BARE_PYTHON):
             python = name == BARE_PYTHON
-            bare[what, name] = Bare(lib, scratch / f"bare{i}{python:d}", steps, core, python=python)
-            stack.callback(bare[what, name].close)
-
-    cases: dict[Key, Callable[[], float]] = {}
-    for what in sizes:
-        for name in (BARE, BARE_PYTHON):
-            pong = bare[what, name]
+            pong = Bare(lib, scratch / f"bare{i}{python:d}", steps, core, python=python)
+            stack.callback(pong.close)
+            session = what == SETUP
             measure = (
-                functools.partial(pong.session, 20)
-                if what == SETUP
-                else functools.partial(pong.round_trip, 200)
+                functools.partial(pong.session, 20) if session else functools.partial(pong.round_trip, 200)
             )
-            cases[what, name] = measure
-        for backend in found:
-            if what == SETUP and not backend.once:
-                cases[what, backend.name] = functools.partial(setup.sessions, backend.path, 5)
+            cases[Case(name, here)] = measure
+            if not python:
+                cases[Case(again(name), here)] = measure
     for backend in found:
-        if backend.once:
+        if not backend.once:
+            case = Case(backend.name, cell(what=SETUP, placement=placement))
+            cases[case] = functools.partial(setup.sessions, backend.path, 5)
+            trips = functools.partial(round_trips_at, backend.path)
+        else:
             frontend = stack.enter_context(Frontend.connect(backend.path))
             trips = functools.partial(round_trips, frontend)
-        else:
-            trips = functools.partial(round_trips_at, backend.path)
         for what, call in CALLS.items():
             if backend.name == RNG and what.startswith("GET_CONFIG"):
                 continue  # an entropy source has no configuration space
-            cases[what, backend.name] = functools.partial(trips, call, 50)
-    return {key: cases[key] for key in sorted(cases, key=lambda key: list(sizes).index(key[0]))}
+            cases[Case(backend.name, cell(what=what, placement=placement))] = functools.partial(
+                trips, call, 50
+            )
+    whats = list(sizes)
+    return {
+        case: cases[case]
+        for case in sorted(cases, key=lambda case: whats.index(str(dict(case.cell)["what"])))
+    }
 
 
-def run(*, quick: bool) -> dict[str, Any]:
+def run(suite: Suite) -> None:
     ours, other = harness.cores()
-    result = {}
-    for placement, core in (("two cores", other), ("one core", ours)):
-        notes: list[str] = []
+    for placement, core in zip(PLACEMENTS, (other, ours), strict=True):
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhost-bench-")))
             stack.enter_context(harness.pinned_to(ours))
-            cases = make_cases(stack, scratch, notes, core)
-            calibration = harness.Calibration()
-            results = harness.interleave(
-                cases,
-                7 if quick else 21,
-                calibration,
-                budget=10 if quick else 25,
-                progress=harness.show_progress(f"session, {placement}"),
-            )
-        result[placement] = report(placement, results, notes)
-    return result
-
-
-def report(placement: str, results: dict[Key, Samples], notes: list[str]) -> dict[str, Any]:
-    columns = list(dict.fromkeys(name for _, name in results))
-    rows, judged = [], []
-    for what in dict.fromkeys(what for what, _ in results):
-        cells = [results.get((what, name), Samples()) for name in columns]
-        spread = max(samples.spread() for samples in cells if samples.values) * 100
-        rows.append([what, *(harness.number(samples.median()) for samples in cells), f"{spread:.0f}"])
-        for ours in (RNG, BLK):
-            if (what, ours) in results:
-                pair = harness.ratio(results[what, ours], results[what, BARE])
-                judged.append((Aim(f"{what}: {ours} / {BARE}", 3.0), pair))
-    title = f"our front-end against back-ends, {placement}; +-: worst MAD"
-    print(harness.table(["microseconds", *columns, "+-%"], rows, title))
-    print(harness.table(harness.AIM_HEADERS, [aim.row(samples) for aim, samples in judged], placement))
-    for note in notes:
-        print(note)
-    print()
-    return {
-        "microseconds": [
-            {"what": what, "against": name, **samples.as_json()} for (what, name), samples in results.items()
-        ],
-        "aims": [aim.as_json(samples) for aim, samples in judged],
-        "notes": notes,
-    }
+            cases = make_cases(stack, scratch, suite, placement, core)
+            if placement == PLACEMENTS[0]:
+                cases |= harness.limit_cases(stack, limits.SOCKET, limits.SYSCALL)
+            rounds, budget = (7, 10) if suite.quick else (21, 25)
+            suite.interleave(cases, US, rounds, budget=budget, doing=placement)

@@ -4,6 +4,7 @@
 
     python3 tests/install_peers.py            what the tests and the benchmarks need
     python3 tests/install_peers.py --check    install nothing; say what is missing, exit 1 if so
+    python3 tests/install_peers.py --benchmarks   and Rust, for what only the benchmarks compare with
 
 Without root it installs what it can and names the packages that are missing; it then ends with 0,
 unless CI=true.
@@ -31,16 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers.apt import Apt, codename, run, say
 from peers.catalogue import (
+    BENCHMARK_PEERS,
     BUILD_PACKAGES,
     BUILD_PROGRAMS,
     CONTRIB_BLK,
+    CRATES,
     KERNEL_HEADERS,
     LIBBLKIO,
+    LIBVHOST_USER,
     PEERS,
     QEMU_PPC,
     UML,
     VHOST_USER_GPU,
     VIRTIOFSD,
+    Peer,
 )
 from peers.kernel_install import install_kernel
 from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
@@ -53,12 +58,13 @@ def unpack(apt: Apt, name: str, suite: str, into: Path) -> None:
     """The packages of a peer that is used from where it is unpacked."""
     say(f"{name}: download and unpack")
     shutil.rmtree(into, ignore_errors=True)
-    apt.unpack(PEERS[name].packages, suite, into)
+    apt.unpack({**PEERS, **BENCHMARK_PEERS}[name].packages, suite, into)
     (into / "complete").write_text("\n")
 
 
 def install_contrib_blk(apt: Apt, suite: str) -> None:
-    """QEMU's sample back-end, from Debian's source package with gcc alone and a shim of headers."""
+    """QEMU's sample back-end, from Debian's source package with gcc alone and a shim of headers; and the
+    source of the library that it is made with."""
     say("contrib/vhost-user-blk: download QEMU's source and build")
     folder = CACHE / "qemu-source"
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,6 +99,10 @@ def install_contrib_blk(apt: Apt, suite: str) -> None:
         *run("pkg-config", "--cflags", "--libs", "glib-2.0").split(),
         "-lpthread",
     )
+    # What the benchmarks compile together with their own use of it.
+    shutil.rmtree(LIBVHOST_USER, ignore_errors=True)
+    shutil.copytree(library, LIBVHOST_USER)  # links are followed: the standard headers come with it
+    (LIBVHOST_USER / "complete").write_text("\n")
     shutil.rmtree(folder)
 
 
@@ -100,26 +110,28 @@ def _kernels() -> dict[str, Kernel]:
     return {"kernel": CLOUD, **{f"kernel-{name}": kernel for name, kernel in KERNELS.items()}}
 
 
-def missing() -> dict[str, str]:
-    reasons = {name: peer.missing() for name, peer in PEERS.items()}
+def missing(peers: dict[str, Peer]) -> dict[str, str]:
+    reasons = {name: peer.missing() for name, peer in peers.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def report(reasons: dict[str, str]) -> None:
+def report(reasons: dict[str, str], peers: dict[str, Peer]) -> None:
     for name, reason in reasons.items():
-        say(f"{name}: {reason}; Debian package: {', '.join(PEERS[name].packages)}")
+        say(f"{name}: {reason}; Debian package: {', '.join(peers[name].packages)}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="install nothing")
+    parser.add_argument("--benchmarks", action="store_true", help="and what only the benchmarks need")
     options = parser.parse_args()
-    todo = missing()
+    peers = {**PEERS, **BENCHMARK_PEERS} if options.benchmarks else PEERS
+    todo = missing(peers)
     if not todo:
         say("all there")
         return 0
     if options.check or not shutil.which("apt-get"):
-        report(todo)
+        report(todo, peers)
         return 1
     CACHE.mkdir(parents=True, exist_ok=True)
     release = codename()
@@ -139,8 +151,10 @@ def main() -> int:
             tools += ["lz4", "zstd"]  # images are packed with them
         if any(kernel.builds for kernel in kernels):
             tools += BUILD_PACKAGES
-        if "contrib-vhost-user-blk" in todo:
+        if {"contrib-vhost-user-blk", "libvhost-user"} & set(todo):
             tools += ["pkg-config", "libglib2.0-dev"]
+        if "cargo" in todo:
+            tools.append("cargo-web" if release == "bookworm" else "cargo")
         if tools:
             say(f"apt-get install {' '.join(tools)}")
             apt("install", "-y", "--no-install-recommends", *tools)
@@ -162,11 +176,15 @@ def main() -> int:
         unpack(apt, "virtiofsd", blkio_suite, VIRTIOFSD)
     if "kernel-headers" in todo:
         unpack(apt, "kernel-headers", NEWEST_SUITE, KERNEL_HEADERS)
-    if "contrib-vhost-user-blk" in todo and all(map(shutil.which, ("gcc", "pkg-config"))):
+    if {"contrib-vhost-user-blk", "libvhost-user"} & set(todo) and all(
+        map(shutil.which, ("gcc", "pkg-config"))
+    ):
         install_contrib_blk(apt, qemu_suite)
+    if "virtio-queue" in todo:
+        unpack(apt, "virtio-queue", blkio_suite, CRATES)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
-    todo = missing()
-    report(todo)
+    todo = missing(peers)
+    report(todo, peers)
     if not todo:
         say("all there")
     # A person without root goes on with the tests that can run; in CI nothing may be missing.

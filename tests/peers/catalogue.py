@@ -24,6 +24,8 @@ UML = CACHE / "uml"  # a Linux that is a program, and a vhost-user front-end; un
 VHOST_USER_GPU = CACHE / "vhost-user-gpu"  # QEMU's, and the libraries that it needs; unpacked
 QEMU_PPC = CACHE / "qemu-ppc"  # for a guest of the other byte order, with its firmware; unpacked
 CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
+LIBVHOST_USER = CACHE / "libvhost-user"  # its source, from QEMU's
+CRATES = CACHE / "crates"  # rust-vmm's virtio-queue and what it needs, sources, unpacked
 VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
 BUSYBOX = Path("/bin/busybox")
 
@@ -32,6 +34,15 @@ BUILD_PROGRAMS = ("gcc", "make", "strip")
 BUILD_PACKAGES = ("gcc", "make", "binutils")
 
 VIRTIOFSD_LIBRARIES = ("libc6", "libseccomp2", "libcap-ng0", "libgcc-s1")
+# virtio-queue and its dependencies, as Cargo resolves them for any target.
+CRATE_PACKAGES = tuple(
+    f"librust-{name}-dev"
+    for name in (
+        *("virtio-queue", "virtio-bindings", "vm-memory", "vmm-sys-util", "log", "libc", "arc-swap"),
+        *("bitflags", "bitflags-1", "thiserror-1", "thiserror-impl-1", "proc-macro2", "quote", "syn"),
+        *("unicode-ident", "winapi", "winapi-i686-pc-windows-gnu", "winapi-x86-64-pc-windows-gnu"),
+    )
+)
 # Of vhost-user-gpu: it and what QEMU without a display does not need.
 GPU_PACKAGES = (
     "qemu-system-gui",
@@ -134,9 +145,20 @@ PEERS: dict[str, Peer] = {
         Peer("kernel-headers", ("linux-libc-dev",), _file(KERNEL_HEADERS / "complete")),
         Peer("libblkio", ("libblkio1", "libblkio-dev"), _file(LIBBLKIO / "complete")),
         Peer("contrib-vhost-user-blk", ("qemu (source)",), _file(CONTRIB_BLK)),
+        Peer("libvhost-user", ("qemu (source)",), _file(LIBVHOST_USER / "complete")),
         Peer("virtiofsd", ("virtiofsd", *VIRTIOFSD_LIBRARIES), _file(VIRTIOFSD / "complete")),
         Peer("uml", ("user-mode-linux",), _file(UML / "complete")),
         Peer("vhost-user-gpu", GPU_PACKAGES, _file(VHOST_USER_GPU / "complete")),
         Peer("qemu-ppc", ("qemu-system-ppc", "qemu-system-data"), _file(QEMU_PPC / "complete")),
+    )
+}
+
+# What `make bench` compares with, too, and no test needs.
+BENCHMARK_PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("virtio-queue", CRATE_PACKAGES, _file(CRATES / "complete")),
+        # Debian 12's own is too old for these crates; the other one is for browsers, and newer.
+        Peer("cargo", ("cargo", "cargo-web on Debian 12"), _program("cargo")),
     )
 }

@@ -199,7 +199,7 @@ def served(
     device: vhost.Device | Callable[[], vhost.Device],
     path: Path,
     *,
-    max_connections: int = 64,
+    max_connections: int = 256,
     reconnect: float = 0.5,
     without: int = 0,
     without_features: int = 0,

@@ -198,6 +198,16 @@ def test_no_more_sessions_than_allowed(tmp_path: Path, no_leaks: None) -> None:
             assert third.reply().number == h.GET_FEATURES, "a place became free"
 
 
+def test_a_hundred_sessions_at_once(tmp_path: Path, no_leaks: None) -> None:
+    path = tmp_path / "s"
+    with vhost.Server(vhost.devices.Rng(), path) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.callback(RawFrontend(path).close)
+                server.step()
+            assert len(server.backends) == 100
+
+
 def test_out_of_descriptors(tmp_path: Path) -> None:
     """Those who are served go on; the one who came too early is served once there are some again."""
     path = tmp_path / "s"

@@ -48,7 +48,7 @@ class Server:
         *,
         fd: int | None = None,
         client: bool = False,
-        max_connections: int = 64,
+        max_connections: int = 256,
         reconnect: float = 0.5,
         without: int = 0,
         without_features: int = 0,
