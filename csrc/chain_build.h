@@ -16,13 +16,27 @@
  * this. */
 #define CHAIN_TABLE_MAX 1024u
 
-/* Both formats have address and length in the first 12 bytes; the last 4 are the format's own. */
+/* A descriptor as it was fetched, in the two halves that it was read in: taken apart where it is needed, for
+ * the compiler would put a struct of its fields together again and again. */
 struct raw_desc {
 	uint64_t addr;
-	uint32_t len;
-	uint16_t third;	 /* split: flags; packed: id */
-	uint16_t fourth; /* split: next; packed: flags */
+	uint64_t rest; /* length; then split: flags, next; packed: id, flags */
 };
+
+static inline uint32_t raw_len(struct raw_desc d)
+{
+	return (uint32_t)d.rest;
+}
+
+static inline uint16_t raw_third(struct raw_desc d)
+{
+	return (uint16_t)(d.rest >> 32);
+}
+
+static inline uint16_t raw_fourth(struct raw_desc d)
+{
+	return (uint16_t)(d.rest >> 48);
+}
 
 typedef uint64_t __attribute__((may_alias)) aliased_u64;
 
@@ -30,12 +44,8 @@ typedef uint64_t __attribute__((may_alias)) aliased_u64;
 static inline struct raw_desc fetch_desc(const void *desc)
 {
 	const aliased_u64 *p = desc;
-	union {
-		uint64_t half[2];
-		struct raw_desc raw;
-	} u = { { READ_ONCE(p[0]), READ_ONCE(p[1]) } };
 
-	return u.raw;
+	return (struct raw_desc){ READ_ONCE(p[0]), READ_ONCE(p[1]) };
 }
 
 /* An indirect table: it may be unaligned and cross regions. */
@@ -67,7 +77,7 @@ static inline bool fetch_table_desc(struct virtqueue *vq, const struct desc_tabl
 		return false;
 	/* From here on the values live in registers: the compiler must not load them again. */
 	__asm__ __volatile__("" : "+r"(half[0]), "+r"(half[1]));
-	memcpy(raw, half, sizeof(half));
+	*raw = (struct raw_desc){ half[0], half[1] };
 	return true;
 }
 
@@ -123,12 +133,23 @@ static inline struct chain_walk chain_resume(const struct virtqueue *vq, struct 
 int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
 		     uint64_t addr, uint32_t len, uint32_t kind);
 
-/* Append one buffer. 0, or -1 with the fault reported. */
-static inline __attribute__((always_inline)) int chain_add(struct virtqueue *vq,
-							   struct vhost_chain *c,
-							   struct chain_walk *w, uint16_t head,
-							   uint64_t addr, uint32_t len,
-							   uint16_t flags)
+/* The first writable buffer: what came before is the readable part. */
+static inline __attribute__((always_inline)) void chain_turn(struct vhost_chain *c, struct chain_walk *w,
+							     uint32_t kind)
+{
+	c->out_num = (uint32_t)(w->at - c->iov);
+	c->out_len = (uint32_t)w->len;
+	w->kind = kind;
+}
+
+/*
+ * Appends a buffer that is as most are: whole in the region of the last one, or in the one that the hint
+ * says, with room in c->iov. False: chain_add has to look at it, which knows all that is rare, and faults.
+ */
+static inline __attribute__((always_inline)) bool chain_add_simple(const struct guest_memory *mem,
+								   struct vhost_chain *c,
+								   struct chain_walk *w, uint64_t addr,
+								   uint32_t len, uint16_t flags)
 {
 	const struct guest_region *r = w->region;
 	uint64_t off = addr - r->guest_addr;
@@ -136,28 +157,38 @@ static inline __attribute__((always_inline)) int chain_add(struct virtqueue *vq,
 
 	if (kind != w->kind) {
 		if (unlikely(!kind))
-			return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, addr, 0);
-		c->out_num = (uint32_t)(w->at - c->iov);
-		c->out_len = (uint32_t)w->len;
-		w->kind = kind;
+			return false;
+		chain_turn(c, w, kind);
 	}
-	w->len += len;
 	if (off >= r->size) {
-		w->region = r = guest_memory_guess(vq->mem, addr);
+		w->region = r = guest_memory_guess(mem, addr);
 		off = addr - r->guest_addr;
 	}
 	/* One comparison for "not empty" and "not beyond the end": 0 - 1 is beyond any. */
-	if (likely(off < r->size && (uint64_t)len - 1 < r->size - off && w->at != w->end)) {
-		w->at->iov_base = r->host + off;
-		w->at->iov_len = len;
-		w->at++;
-	} else {
-		int n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len, kind);
+	if (unlikely(off >= r->size || (uint64_t)len - 1 >= r->size - off || w->at == w->end))
+		return false;
+	w->at->iov_base = r->host + off;
+	w->at->iov_len = len;
+	w->at++;
+	w->len += len;
+	return true;
+}
 
-		if (n < 0)
-			return -1;
-		*w = chain_resume(vq, c, (uint32_t)n, w->len, w->kind);
-	}
+/* Appends one buffer. 0, or -1 with the fault reported. */
+static inline int chain_add(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk *w,
+			    uint16_t head, uint64_t addr, uint32_t len, uint16_t flags)
+{
+	uint32_t kind = flags & VRING_DESC_F_WRITE;
+	int n;
+
+	if (likely(chain_add_simple(vq->mem, c, w, addr, len, flags)))
+		return 0;
+	if (unlikely(kind != w->kind))
+		return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, addr, 0);
+	n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len, kind);
+	if (n < 0)
+		return -1;
+	*w = chain_resume(vq, c, (uint32_t)n, w->len + len, w->kind);
 	return 0;
 }
 
@@ -187,8 +218,24 @@ static inline uint32_t chain_max_pieces(const struct virtqueue *vq)
 	return 2 * chain_table_limit(vq);
 }
 
+/* What each chain that is popped changes in its queue: a batch has it in registers. */
+struct pop_tally {
+	uint32_t inuse, pops;
+};
+
+static inline struct pop_tally pop_tally(const struct virtqueue *vq)
+{
+	return (struct pop_tally){ vq->inuse, vq->pops };
+}
+
+static inline void pop_tally_store(struct virtqueue *vq, const struct pop_tally *t)
+{
+	vq->inuse = t->inuse;
+	vq->pops = t->pops;
+}
+
 /* The chain is whole: it is out from here on. */
-static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
+static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq, struct pop_tally *t,
 							   struct vhost_chain *c,
 							   const struct chain_walk *w, uint16_t id,
 							   uint32_t ndesc)
@@ -203,22 +250,33 @@ static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
 	/* `len` is that of the whole chain, out_len the readable part of it. */
 	if (unlikely(w->len > UINT32_MAX))
 		return vq_fault(vq, VQ_LENGTH_TOTAL, id, w->len, (uint64_t)UINT32_MAX + 1);
-	if (unlikely(ndesc > vq->num - vq->inuse))
-		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - vq->inuse + 1);
+	if (unlikely(ndesc > vq->num - t->inuse))
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - t->inuse + 1);
 	c->id = id;
 	c->ndesc = (uint16_t)ndesc;
 	c->in_num = n - c->out_num;
 	c->in_len = (uint32_t)w->len - c->out_len;
 	slot->len = c->in_len;
-	slot->seq = vq->pops++ & VQ_SEQ_MASK;
+	slot->seq = t->pops++ & VQ_SEQ_MASK;
 	slot->ndesc = (uint16_t)ndesc;
-	vq->inuse += ndesc;
+	t->inuse += ndesc;
 	if (unlikely(vq->in_order)) {
 		uint32_t end = vq->order_head + vq->order_count++;
 
 		vq->order[end < vq->num ? end : end - vq->num] = id;
 	}
 	return 1;
+}
+
+/* The same for who pops no batch. */
+static inline int chain_out_alone(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w,
+				  uint16_t id, uint32_t ndesc)
+{
+	struct pop_tally t = pop_tally(vq);
+	int rc = chain_out(vq, &t, c, w, id, ndesc);
+
+	pop_tally_store(vq, &t);
+	return rc;
 }
 
 #endif

@@ -36,16 +36,21 @@ void packed_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
 	vq->packed.device = areas->used;
 }
 
-/* The chain before this position is whole. */
-static inline __attribute__((always_inline)) int
-take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w, uint16_t id,
-	   uint32_t ndesc, uint16_t pos, bool wrap)
+/* May a chain have this id? 0 or -1. */
+static inline int check_id(struct virtqueue *vq, uint16_t id)
 {
 	if (unlikely(id >= vq->num))
 		return vq_fault(vq, VQ_ID_RANGE, id, id, vq->num);
 	if (unlikely(vq->slots[id].ndesc))
 		return vq_fault(vq, VQ_ID_BUSY, id, id, 0);
-	if (unlikely(chain_out(vq, c, w, id, ndesc) < 0))
+	return 0;
+}
+
+/* The chain before this position is whole. */
+static inline int take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w,
+			     uint16_t id, uint32_t ndesc, uint16_t pos, bool wrap)
+{
+	if (unlikely(check_id(vq, id) || chain_out_alone(vq, c, w, id, ndesc) < 0))
 		return -1;
 	vq->last_avail = pos;
 	vq->avail_wrap = wrap;
@@ -56,61 +61,120 @@ take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk 
  * WRITE: INDIRECT nests nothing, it is a buffer like the others. The table ends the chain. 1 or -1, as
  * packed_take. */
 static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint32_t ndesc,
-		      struct raw_desc indirect, uint16_t pos, bool wrap)
+		      struct raw_desc indirect, uint16_t flags, uint16_t pos, bool wrap)
 {
 	uint32_t entries = 0, limit = chain_table_limit(vq);
-	uint16_t id = indirect.third;
+	uint16_t id = raw_third(indirect);
 	struct desc_table table;
 
-	if (chain_check_indirect(vq, id, indirect.len, indirect.fourth, &entries))
+	if (chain_check_indirect(vq, id, raw_len(indirect), flags, &entries))
 		return -1;
 	if (unlikely(entries > limit))
 		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, entries, limit + 1);
-	table = desc_table(vq->mem, indirect.addr, indirect.len);
+	table = desc_table(vq->mem, indirect.addr, raw_len(indirect));
 	for (uint32_t i = 0; i < entries; i++) {
 		struct raw_desc d;
 
 		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
 			return chain_no_access(vq, id, table.addr + (uint64_t)i * sizeof(d),
 					       sizeof(d), 0);
-		if (unlikely(chain_add(vq, c, &w, id, d.addr, d.len, d.fourth)))
+		if (unlikely(chain_add(vq, c, &w, id, d.addr, raw_len(d), raw_fourth(d))))
 			return -1;
 	}
 	return take_whole(vq, c, &w, id, ndesc, pos, wrap);
 }
 
-/* 1, 0 or -1, as virtqueue_pop. */
-static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq,
+/* After ndesc descriptors the chain is to go on in a slot that is not available. */
+static int goes_nowhere(struct virtqueue *vq, uint16_t id, uint32_t ndesc, uint32_t pos)
+{
+	if (ndesc >= vq->num)
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc + 1, vq->num + 1);
+	return vq_fault(vq, VQ_CHAIN_OPEN, id, pos, 0);
+}
+
+/* Goes on with a chain of n buffers so far at the next descriptor, one that not every chain has, at `pos`.
+ * 1 or -1. (No chain_walk as an argument: the caller would have to keep his in memory for it.) */
+static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_chain *c,
+					     uint32_t n, uint64_t len, uint32_t kind,
+					     struct raw_desc d, uint16_t flags, uint16_t pos,
+					     bool wrap)
+{
+	struct chain_walk w = chain_resume(vq, c, n, len, kind);
+
+	for (uint32_t ndesc = n + 1;; ndesc++) {
+		if (unlikely(ndesc > vq->num))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, raw_third(d), ndesc, vq->num + 1);
+		advance(vq, &pos, &wrap, 1);
+		if (flags & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, ndesc, d, flags, pos, wrap);
+		if (unlikely(chain_add(vq, c, &w, raw_third(d), d.addr, raw_len(d), flags)))
+			return -1;
+		if (!(flags & VRING_DESC_F_NEXT))
+			return take_whole(vq, c, &w, raw_third(d), ndesc, pos, wrap);
+		flags = READ_ONCE(vq->packed.desc[pos].flags);
+		if (unlikely(!is_available(flags, wrap)))
+			return goes_nowhere(vq, raw_third(d), ndesc, pos);
+		d = fetch_desc(&vq->packed.desc[pos]);
+	}
+}
+
+/* Where a batch is: a position, and the flags that say that a slot there is available. */
+struct packed_place {
+	uint32_t pos;
+	uint16_t want;
+};
+
+static inline struct packed_place packed_place(const struct virtqueue *vq)
+{
+	return (struct packed_place){ vq->last_avail, available_flags(vq->avail_wrap) };
+}
+
+/* The chain at this place, if it is there. 1, 0 or -1, as virtqueue_pop. */
+static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq, struct pop_tally *t,
+							     struct packed_place *at,
 							     struct vhost_chain *c)
 {
-	uint32_t num = vq->num, left = num;
-	uint16_t pos = vq->last_avail;
-	bool wrap = vq->avail_wrap;
+	const struct vring_packed_desc *desc = vq->packed.desc;
+	uint32_t num = vq->num, pos = at->pos;
+	uint16_t want = at->want;
 	/* Pairs with the driver's release of the head's flags: the whole chain is there. */
-	uint16_t flags = LOAD_ACQUIRE(vq->packed.desc[pos].flags);
+	uint16_t flags = LOAD_ACQUIRE(desc[pos].flags);
 	struct chain_walk w;
+	struct raw_desc d;
+	int rc;
 
-	if (!is_available(flags, wrap))
+	if ((flags & AVAIL_USED) != want)
 		return 0;
 	w = chain_begin(vq, c);
 	for (;;) {
-		struct raw_desc d = fetch_desc(&vq->packed.desc[pos]);
-
-		d.fourth = flags; /* those that were looked at, whatever they are now */
-		advance(vq, &pos, &wrap, 1);
-		if (flags & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, num - left + 1, d, pos, wrap);
-		if (unlikely(chain_add(vq, c, &w, d.third, d.addr, d.len, flags)))
-			return -1;
-		if (!(flags & VRING_DESC_F_NEXT))
+		/* Of its flags, those count that were looked at, whatever they are now. */
+		d = fetch_desc(&desc[pos]);
+		if (flags & VRING_DESC_F_INDIRECT ||
+		    unlikely(!chain_add_simple(vq->mem, c, &w, d.addr, raw_len(d), flags)))
+			break;
+		if (++pos == num) {
+			pos = 0;
+			want ^= AVAIL_USED;
+		}
+		if (!(flags & VRING_DESC_F_NEXT)) {
 			/* The id is valid in the last descriptor (2.8.6). */
-			return take_whole(vq, c, &w, d.third, num - left + 1, pos, wrap);
-		if (unlikely(!--left))
-			return vq_fault(vq, VQ_CHAIN_TOO_LONG, d.third, num + 1, num + 1);
-		flags = READ_ONCE(vq->packed.desc[pos].flags);
-		if (unlikely(!is_available(flags, wrap)))
-			return vq_fault(vq, VQ_CHAIN_OPEN, d.third, pos, 0);
+			if (unlikely(check_id(vq, raw_third(d)) ||
+				     chain_out(vq, t, c, &w, raw_third(d), (uint32_t)(w.at - c->fixed)) < 0))
+				return -1;
+			*at = (struct packed_place){ pos, want };
+			return 1;
+		}
+		flags = READ_ONCE(desc[pos].flags);
+		if (unlikely((flags & AVAIL_USED) != want))
+			return goes_nowhere(vq, raw_third(d), (uint32_t)(w.at - c->fixed), pos);
 	}
+	pop_tally_store(vq, t);
+	rc = walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, d, flags, (uint16_t)pos,
+		     want == available_flags(true));
+	*t = pop_tally(vq);
+	if (rc > 0)
+		*at = packed_place(vq);
+	return rc;
 }
 
 /* A chain as the in-flight region has it: its slots may have been written over. It may lie as that of a
@@ -123,22 +187,41 @@ static int packed_take_saved(struct virtqueue *vq, struct vhost_chain *c, uint16
 
 	for (uint32_t i = 1;; i++, at = in->link[at].next) {
 		const struct inflight_packed_desc *e = &in->packed->desc[at];
-		struct raw_desc d = { READ_ONCE(e->addr), READ_ONCE(e->len), READ_ONCE(e->id),
-				      READ_ONCE(e->flags) };
+		struct raw_desc d = { READ_ONCE(e->addr),
+				      READ_ONCE(e->len) | (uint64_t)READ_ONCE(e->id) << 32 };
+		uint16_t flags = READ_ONCE(e->flags);
 
-		if (unlikely(!(d.fourth & VRING_DESC_F_NEXT) != (i == n)))
-			return vq_fault(vq, VQ_INFLIGHT_CHAIN, d.third, i, n);
-		if (d.fourth & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, n, d, vq->last_avail, vq->avail_wrap);
-		if (unlikely(chain_add(vq, c, &w, d.third, d.addr, d.len, d.fourth)))
+		if (unlikely(!(flags & VRING_DESC_F_NEXT) != (i == n)))
+			return vq_fault(vq, VQ_INFLIGHT_CHAIN, raw_third(d), i, n);
+		if (flags & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, n, d, flags, vq->last_avail, vq->avail_wrap);
+		if (unlikely(chain_add(vq, c, &w, raw_third(d), d.addr, raw_len(d), flags)))
 			return -1;
 		if (i == n)
-			return take_whole(vq, c, &w, d.third, n, vq->last_avail, vq->avail_wrap);
+			return take_whole(vq, c, &w, raw_third(d), n, vq->last_avail, vq->avail_wrap);
 	}
 }
 
+static int packed_pop_plain(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
+{
+	struct packed_place at = packed_place(vq);
+	struct pop_tally t = pop_tally(vq);
+	unsigned done;
+	int rc = 0;
+
+	for (done = 0; done < n; done++) {
+		rc = packed_take(vq, &t, &at, c[done]);
+		if (rc <= 0)
+			break;
+	}
+	vq->last_avail = (uint16_t)at.pos;
+	vq->avail_wrap = at.want == available_flags(true);
+	pop_tally_store(vq, &t);
+	return likely(done) ? (int)done : rc;
+}
+
 /* With in-flight tracking: what a predecessor left comes first. */
-static __attribute__((noinline)) int packed_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
+static int packed_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 {
 	struct inflight *in = vq->inflight;
 	uint16_t pos = vq->last_avail;
@@ -150,35 +233,17 @@ static __attribute__((noinline)) int packed_pop_tracked(struct virtqueue *vq, st
 			inflight_popped_again(vq, c->id);
 		return rc;
 	}
-	rc = packed_take(vq, c);
+	rc = packed_pop_plain(vq, &c, 1);
 	if (rc > 0)
 		inflight_packed_popped(vq, c->id, c->ndesc, pos);
 	return rc;
 }
 
-int packed_pop(struct virtqueue *vq, struct vhost_chain *c)
-{
-	if (unlikely(vq->inflight))
-		return packed_pop_tracked(vq, c);
-	return packed_take(vq, c);
-}
-
 int packed_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
-	unsigned done = 0;
-
 	if (unlikely(vq->inflight))
 		return pop_each(vq, c, n, packed_pop_tracked);
-	while (done < n) {
-		int rc = packed_take(vq, c[done]);
-
-		if (unlikely(rc < 0))
-			return done ? (int)done : -1;
-		if (!rc)
-			break;
-		done++;
-	}
-	return (int)done;
+	return packed_pop_plain(vq, c, n);
 }
 
 void packed_unpop(struct virtqueue *vq, uint16_t ndesc)
@@ -210,6 +275,43 @@ static inline void packed_stage(struct virtqueue *vq, uint16_t id, uint32_t writ
 int packed_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 {
 	return device_fill(vq, id, written, packed_stage);
+}
+
+unsigned packed_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n)
+{
+	struct vring_packed_desc *ring = vq->packed.desc;
+	struct vq_slot *slots = vq->slots;
+	uint32_t num = vq->num, total = vq->staged_slots, pos = vq->staged;
+	uint16_t flags = used_flags(vq->staged_wrap);
+	unsigned i;
+
+	for (i = 0; i < n; i++) {
+		uint32_t id = used[i].id, written = used[i].written;
+		uint16_t ndesc, f = flags | (written ? VRING_DESC_F_WRITE : 0);
+
+		if (unlikely(id >= num))
+			break;
+		ndesc = slots[id].ndesc;
+		if (unlikely(!ndesc || written > slots[id].len))
+			break;
+		slots[id].ndesc = 0;
+		ring[pos].id = (uint16_t)id;
+		ring[pos].len = written;
+		if (!total)
+			vq->first_flags = f;
+		else
+			WRITE_ONCE(ring[pos].flags, f);
+		total += ndesc;
+		pos += ndesc;
+		if (pos >= num) {
+			pos -= num;
+			flags ^= AVAIL_USED;
+		}
+	}
+	vq->staged = (uint16_t)pos;
+	vq->staged_wrap = flags;
+	vq->staged_slots = total;
+	return i;
 }
 
 /* Used elements were written from the next to publish on. */

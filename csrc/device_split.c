@@ -67,9 +67,9 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 	uint32_t entries = 0, i = 0, limit = chain_table_limit(vq);
 	struct desc_table table;
 
-	if (chain_check_indirect(vq, head, indirect.len, indirect.third, &entries))
+	if (chain_check_indirect(vq, head, raw_len(indirect), raw_third(indirect), &entries))
 		return -1;
-	table = desc_table(vq->mem, indirect.addr, indirect.len);
+	table = desc_table(vq->mem, indirect.addr, raw_len(indirect));
 	for (uint32_t seen = 1;; seen++) {
 		struct raw_desc d;
 
@@ -77,71 +77,98 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 			return chain_no_access(vq, head, table.addr + (uint64_t)i * sizeof(d),
 					       sizeof(d), 0);
 		d = ring_desc(d);
-		if (unlikely(d.third & VRING_DESC_F_INDIRECT))
-			return vq_fault(vq, VQ_INDIRECT_NESTED, head, d.third, 0);
-		if (unlikely(chain_add(vq, c, &w, head, d.addr, d.len, d.third)))
+		if (unlikely(raw_third(d) & VRING_DESC_F_INDIRECT))
+			return vq_fault(vq, VQ_INDIRECT_NESTED, head, raw_third(d), 0);
+		if (unlikely(chain_add(vq, c, &w, head, d.addr, raw_len(d), raw_third(d))))
 			return -1;
-		if (!(d.third & VRING_DESC_F_NEXT))
+		if (!(raw_third(d) & VRING_DESC_F_NEXT))
 			break;
-		i = d.fourth;
+		i = raw_fourth(d);
 		if (unlikely(i >= entries))
 			return vq_fault(vq, VQ_NEXT_RANGE, head, i, entries);
 		if (unlikely(seen == limit))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, seen + 1, limit + 1);
 	}
-	return chain_out(vq, c, &w, head, ndesc);
+	return chain_out_alone(vq, c, &w, head, ndesc);
+}
+
+/* Goes on with a chain of n buffers so far at the next descriptor, one that not every chain has. 1 or -1.
+ * (No chain_walk as an argument: the caller would have to keep his in memory for it.) */
+static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_chain *c, uint32_t n,
+					     uint64_t len, uint32_t kind, uint16_t head,
+					     struct raw_desc d)
+{
+	struct chain_walk w = chain_resume(vq, c, n, len, kind);
+	uint32_t ndesc = n + 1;
+
+	for (;; ndesc++) {
+		if (unlikely(ndesc > vq->num))
+			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, ndesc, vq->num + 1);
+		if (raw_third(d) & VRING_DESC_F_INDIRECT)
+			return take_table(vq, c, w, head, ndesc, d);
+		if (unlikely(chain_add(vq, c, &w, head, d.addr, raw_len(d), raw_third(d))))
+			return -1;
+		if (!(raw_third(d) & VRING_DESC_F_NEXT))
+			return chain_out_alone(vq, c, &w, head, ndesc);
+		if (unlikely(raw_fourth(d) >= vq->num))
+			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(d), vq->num);
+		d = ring_desc(fetch_desc(&vq->split.desc[raw_fourth(d)]));
+	}
 }
 
 /* The chain with this head. 1 or -1. */
-static inline __attribute__((always_inline)) int split_walk(struct virtqueue *vq,
+static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq, struct pop_tally *t,
 							    struct vhost_chain *c, uint16_t head)
 {
-	uint32_t num = vq->num, left = num;
+	const struct vring_desc *desc = vq->split.desc;
+	const struct guest_memory *mem = vq->mem;
 	struct chain_walk w = chain_begin(vq, c);
-	uint32_t i = head;
+	uint32_t num = vq->num;
+	struct raw_desc d;
+	int rc;
 
 	if (unlikely(head >= num))
 		return vq_fault(vq, VQ_HEAD_RANGE, head, head, num);
 	if (unlikely(vq->slots[head].ndesc))
 		return vq_fault(vq, VQ_HEAD_BUSY, head, head, 0);
-	for (;;) {
-		struct raw_desc d = ring_desc(fetch_desc(&vq->split.desc[i]));
-
-		if (d.third & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, head, num - left + 1, d);
-		if (unlikely(chain_add(vq, c, &w, head, d.addr, d.len, d.third)))
-			return -1;
-		if (!(d.third & VRING_DESC_F_NEXT))
-			break;
-		i = d.fourth;
-		if (unlikely(i >= num))
-			return vq_fault(vq, VQ_NEXT_RANGE, head, i, num);
-		if (unlikely(!--left))
-			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, num + 1, num + 1);
+	d = ring_desc(fetch_desc(&desc[head]));
+	/* A loop ends where c->fixed does. */
+	while (likely(!(raw_third(d) & VRING_DESC_F_INDIRECT)) &&
+	       likely(chain_add_simple(mem, c, &w, d.addr, raw_len(d), raw_third(d)))) {
+		if (!(raw_third(d) & VRING_DESC_F_NEXT))
+			return chain_out(vq, t, c, &w, head, (uint32_t)(w.at - c->fixed));
+		if (unlikely(raw_fourth(d) >= num))
+			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(d), num);
+		d = ring_desc(fetch_desc(&desc[raw_fourth(d)]));
 	}
-	return chain_out(vq, c, &w, head, num - left + 1);
-}
-
-/* The chain at last_avail, which is known to be there. */
-static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq,
-							    struct vhost_chain *c)
-{
-	uint16_t head = ring16(READ_ONCE(vq->split.avail->ring[vq->last_avail & (vq->num - 1)]));
-	int rc = split_walk(vq, c, head);
-
-	if (likely(rc > 0))
-		vq->last_avail++;
+	pop_tally_store(vq, t);
+	rc = walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, head, d);
+	*t = pop_tally(vq);
 	return rc;
 }
 
+static int split_take_alone(struct virtqueue *vq, struct vhost_chain *c, uint16_t head)
+{
+	struct pop_tally t = pop_tally(vq);
+	int rc = split_take(vq, &t, c, head);
+
+	pop_tally_store(vq, &t);
+	return rc;
+}
+
+static inline uint16_t next_head(const struct virtqueue *vq, uint16_t at)
+{
+	return ring16(READ_ONCE(vq->split.avail->ring[at & (vq->num - 1)]));
+}
+
 /* With in-flight tracking: what a predecessor left comes first. */
-static __attribute__((noinline)) int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
+static int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 {
 	struct inflight *in = vq->inflight;
 	int rc;
 
 	if (unlikely(in->old_popped < in->old_num)) {
-		rc = split_walk(vq, c, in->old[in->old_popped].at);
+		rc = split_take_alone(vq, c, in->old[in->old_popped].at);
 		if (rc > 0)
 			inflight_popped_again(vq, c->id);
 		return rc;
@@ -149,25 +176,19 @@ static __attribute__((noinline)) int split_pop_tracked(struct virtqueue *vq, str
 	rc = split_available(vq);
 	if (rc <= 0)
 		return rc;
-	rc = split_take(vq, c);
-	if (rc > 0)
+	rc = split_take_alone(vq, c, next_head(vq, vq->last_avail));
+	if (rc > 0) {
+		vq->last_avail++;
 		inflight_split_popped(vq, c->id);
+	}
 	return rc;
-}
-
-int split_pop(struct virtqueue *vq, struct vhost_chain *c)
-{
-	int ahead;
-
-	if (unlikely(vq->inflight))
-		return split_pop_tracked(vq, c);
-	ahead = split_available(vq);
-	return unlikely(ahead <= 0) ? ahead : split_take(vq, c);
 }
 
 int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
-	unsigned done = 0;
+	struct pop_tally t = pop_tally(vq);
+	uint16_t last = vq->last_avail;
+	unsigned done;
 	int ahead;
 
 	if (unlikely(vq->inflight))
@@ -177,12 +198,12 @@ int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 		return ahead;
 	if (n > (unsigned)ahead)
 		n = (unsigned)ahead;
-	while (done < n) {
-		if (unlikely(split_take(vq, c[done]) < 0))
-			return done ? (int)done : -1;
-		done++;
-	}
-	return (int)done;
+	for (done = 0; done < n; done++, last++)
+		if (unlikely(split_take(vq, &t, c[done], next_head(vq, last)) < 0))
+			break;
+	vq->last_avail = last;
+	pop_tally_store(vq, &t);
+	return likely(done) ? (int)done : -1;
 }
 
 void split_unpop(struct virtqueue *vq, uint16_t ndesc)
@@ -202,6 +223,32 @@ static inline void split_stage(struct virtqueue *vq, uint16_t id, uint32_t writt
 int split_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 {
 	return device_fill(vq, id, written, split_stage);
+}
+
+unsigned split_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n)
+{
+	struct vring_used_elem *ring = vq->split.used->ring;
+	struct vq_slot *slots = vq->slots;
+	uint16_t staged = vq->staged, mask = vq->num - 1;
+	uint32_t num = vq->num, total = 0;
+	unsigned i;
+
+	for (i = 0; i < n; i++) {
+		uint32_t id = used[i].id, written = used[i].written;
+		uint16_t ndesc;
+
+		if (unlikely(id >= num))
+			break;
+		ndesc = slots[id].ndesc;
+		if (unlikely(!ndesc || written > slots[id].len))
+			break;
+		slots[id].ndesc = 0;
+		ring[staged++ & mask] = (struct vring_used_elem){ ring32(id), ring32(written) };
+		total += ndesc;
+	}
+	vq->staged = staged;
+	vq->staged_slots += total;
+	return i;
 }
 
 void split_flush(struct virtqueue *vq)

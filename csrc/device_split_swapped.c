@@ -8,10 +8,10 @@
 
 #define split_init swapped_init
 #define split_set_areas swapped_set_areas
-#define split_pop swapped_pop
 #define split_pop_batch swapped_pop_batch
 #define split_unpop swapped_unpop
 #define split_fill swapped_fill
+#define split_fill_batch swapped_fill_batch
 #define split_flush swapped_flush
 #define split_should_notify swapped_should_notify
 #define split_disable_notification swapped_disable_notification

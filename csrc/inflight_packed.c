@@ -235,12 +235,12 @@ void inflight_packed_popped(struct virtqueue *vq, uint16_t id, uint16_t ndesc, u
 	for (uint16_t i = 0; i < ndesc; i++) {
 		struct inflight_packed_desc *e = &in->packed->desc[at];
 		struct raw_desc d = fetch_desc(&vq->packed.desc[pos]);
+		uint16_t flags = raw_fourth(d) & ~VRING_DESC_F_NEXT;
 
-		d.fourth &= ~VRING_DESC_F_NEXT;
 		WRITE_ONCE(e->addr, d.addr);
-		WRITE_ONCE(e->len, d.len);
-		WRITE_ONCE(e->id, d.third);
-		WRITE_ONCE(e->flags, d.fourth | (i + 1 < ndesc ? VRING_DESC_F_NEXT : 0));
+		WRITE_ONCE(e->len, raw_len(d));
+		WRITE_ONCE(e->id, raw_third(d));
+		WRITE_ONCE(e->flags, flags | (i + 1 < ndesc ? VRING_DESC_F_NEXT : 0));
 		last = at;
 		at = in->link[at].next;
 		advance(vq, &pos, &wrap, 1);

@@ -12,10 +12,11 @@
 #define DECLARE_DEVICE(format)                                                                     \
 	int format##_init(struct virtqueue *vq, const struct virtqueue_config *cfg);               \
 	void format##_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas);        \
-	int format##_pop(struct virtqueue *vq, struct vhost_chain *c);                             \
 	int format##_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n);          \
 	void format##_unpop(struct virtqueue *vq, uint16_t ndesc);                                 \
 	int format##_fill(struct virtqueue *vq, uint16_t id, uint32_t written);                    \
+	unsigned format##_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used,      \
+				     unsigned n);                                                  \
 	void format##_flush(struct virtqueue *vq);                                                 \
 	bool format##_should_notify(struct virtqueue *vq);                                         \
 	void format##_disable_notification(struct virtqueue *vq);                                  \

@@ -24,7 +24,12 @@
 /* A descriptor of a split ring, or of one of its indirect tables, as it was fetched. */
 static inline struct raw_desc ring_desc(struct raw_desc d)
 {
-	return (struct raw_desc){ ring64(d.addr), ring32(d.len), ring16(d.third), ring16(d.fourth) };
+#ifdef RING_SWAPPED
+	return (struct raw_desc){ ring64(d.addr), ring32(raw_len(d)) | (uint64_t)ring16(raw_third(d)) << 32 |
+							  (uint64_t)ring16(raw_fourth(d)) << 48 };
+#else
+	return d;
+#endif
 }
 
 #endif

@@ -134,16 +134,6 @@ static int stopped(const struct virtqueue *vq)
 	return vq->report.fault == VQ_MISS ? 0 : -1;
 }
 
-int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
-{
-	int rc;
-
-	if (unlikely(vq->report.fault))
-		return stopped(vq);
-	rc = FORMAT(vq, pop)(vq, c);
-	return likely(rc >= 0) ? rc : stopped(vq);
-}
-
 int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
 	int rc;
@@ -177,6 +167,17 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c)
 int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 {
 	return FORMAT(vq, fill)(vq, id, written);
+}
+
+unsigned virtqueue_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n)
+{
+	unsigned i;
+
+	if (likely(!vq->in_order && !vq->inflight))
+		return FORMAT(vq, fill_batch)(vq, used, n);
+	for (i = 0; i < n && !virtqueue_fill(vq, used[i].id, used[i].written); i++)
+		;
+	return i;
 }
 
 /* Behind an IOMMU, the ring is not there: see ring_shadow.h. It always says so in the report. */

@@ -173,12 +173,15 @@ bool virtqueue_is_mapped(const struct virtqueue *vq);
 /* The IOTLB changed: what was missed before is tried again with the next pop. */
 void virtqueue_retry(struct virtqueue *vq);
 
-/* 1: *c is the next chain; 0: nothing available; -1: broken, see vq->report. */
-int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c);
-
 /* Up to n chains with one look at the index: how many, or -1. A fault behind the first chains is
  * reported by the next call, so that those before it are served. */
 int virtqueue_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n);
+
+/* 1: *c is the next chain; 0: nothing available; -1: broken, see vq->report. */
+static inline int virtqueue_pop(struct virtqueue *vq, struct vhost_chain *c)
+{
+	return virtqueue_pop_batch(vq, &c, 1);
+}
 
 /* Gives the most recently popped chain back: it will be popped again. -EINVAL if it is not that. */
 int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c);
@@ -187,6 +190,14 @@ int virtqueue_unpop(struct virtqueue *vq, const struct vhost_chain *c);
  * popped). -ERANGE: written > the chain's writable bytes. With in_order, an element whose elders are
  * still out waits for them. */
 int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written);
+
+struct virtqueue_used {
+	uint32_t id, written;
+};
+
+/* The same for n chains, in this order: how many were staged; fewer than n if what fill says of the next is
+ * not 0. */
+unsigned virtqueue_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n);
 
 /* Publish what is staged. */
 void virtqueue_flush(struct virtqueue *vq);
