@@ -139,7 +139,11 @@ def test_a_check_that_is_ended(tmp_path: Path, number: int, code: int, words: st
     os.mkfifo(pid)
     program = ("sh", "-c", f"echo $$ > {pid}; exec sleep 600")
     with subprocess.Popen(
-        [*VHOST, "check", "--listen", str(path), "--run", *program], stderr=subprocess.PIPE, text=True
+        [*VHOST, "check", "--listen", str(path), "--run", *program],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has it ignored by what it starts in the background, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     ) as running:
         started = int(pid.read_text())
         running.send_signal(number)
