@@ -133,15 +133,6 @@ static inline struct chain_walk chain_resume(const struct virtqueue *vq, struct 
 int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
 		     uint64_t addr, uint32_t len, uint32_t kind);
 
-/* The first writable buffer: what came before is the readable part. */
-static inline __attribute__((always_inline)) void chain_turn(struct vhost_chain *c, struct chain_walk *w,
-							     uint32_t kind)
-{
-	c->out_num = (uint32_t)(w->at - c->iov);
-	c->out_len = (uint32_t)w->len;
-	w->kind = kind;
-}
-
 /*
  * Appends a buffer that is as most are: whole in the region of the last one, or in the one that the hint
  * says, with room in c->iov. False: chain_add has to look at it, which knows all that is rare, and faults.
@@ -158,7 +149,10 @@ static inline __attribute__((always_inline)) bool chain_add_simple(const struct 
 	if (kind != w->kind) {
 		if (unlikely(!kind))
 			return false;
-		chain_turn(c, w, kind);
+		/* The first writable buffer: what came before is the readable part. */
+		c->out_num = (uint32_t)(w->at - c->iov);
+		c->out_len = (uint32_t)w->len;
+		w->kind = kind;
 	}
 	if (off >= r->size) {
 		w->region = r = guest_memory_guess(mem, addr);

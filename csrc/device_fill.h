@@ -60,6 +60,22 @@ static inline __attribute__((always_inline)) int device_fill(struct virtqueue *v
 	return 0;
 }
 
+/* One of a batch, in which each waits for no elder and nobody tracks. The ring slots of its chain, which is not
+ * out from here on; 0: it cannot be given back like this. */
+static inline __attribute__((always_inline)) uint16_t device_take_back(struct vq_slot *slots, uint32_t num,
+								       struct virtqueue_used used)
+{
+	uint16_t ndesc;
+
+	if (unlikely(used.id >= num))
+		return 0;
+	ndesc = slots[used.id].ndesc;
+	if (unlikely(used.written > slots[used.id].len))
+		return 0;
+	slots[used.id].ndesc = 0;
+	return ndesc;
+}
+
 /* What was staged is published. */
 static inline void device_flushed(struct virtqueue *vq, uint32_t entries)
 {

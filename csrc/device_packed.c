@@ -286,17 +286,13 @@ unsigned packed_fill_batch(struct virtqueue *vq, const struct virtqueue_used *us
 	unsigned i;
 
 	for (i = 0; i < n; i++) {
-		uint32_t id = used[i].id, written = used[i].written;
-		uint16_t ndesc, f = flags | (written ? VRING_DESC_F_WRITE : 0);
+		uint16_t ndesc = device_take_back(slots, num, used[i]);
+		uint16_t f = flags | (used[i].written ? VRING_DESC_F_WRITE : 0);
 
-		if (unlikely(id >= num))
+		if (unlikely(!ndesc))
 			break;
-		ndesc = slots[id].ndesc;
-		if (unlikely(!ndesc || written > slots[id].len))
-			break;
-		slots[id].ndesc = 0;
-		ring[pos].id = (uint16_t)id;
-		ring[pos].len = written;
+		ring[pos].id = (uint16_t)used[i].id;
+		ring[pos].len = used[i].written;
 		if (!total)
 			vq->first_flags = f;
 		else
@@ -309,7 +305,7 @@ unsigned packed_fill_batch(struct virtqueue *vq, const struct virtqueue_used *us
 		}
 	}
 	vq->staged = (uint16_t)pos;
-	vq->staged_wrap = flags;
+	vq->staged_wrap = flags == used_flags(true);
 	vq->staged_slots = total;
 	return i;
 }

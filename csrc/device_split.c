@@ -189,7 +189,7 @@ int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 	struct pop_tally t = pop_tally(vq);
 	uint16_t last = vq->last_avail;
 	unsigned done;
-	int ahead;
+	int ahead, rc = 0;
 
 	if (unlikely(vq->inflight))
 		return pop_each(vq, c, n, split_pop_tracked);
@@ -198,12 +198,14 @@ int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 		return ahead;
 	if (n > (unsigned)ahead)
 		n = (unsigned)ahead;
-	for (done = 0; done < n; done++, last++)
-		if (unlikely(split_take(vq, &t, c[done], next_head(vq, last)) < 0))
+	for (done = 0; done < n; done++, last++) {
+		rc = split_take(vq, &t, c[done], next_head(vq, last));
+		if (unlikely(rc < 0))
 			break;
+	}
 	vq->last_avail = last;
 	pop_tally_store(vq, &t);
-	return likely(done) ? (int)done : -1;
+	return likely(done) ? (int)done : rc;
 }
 
 void split_unpop(struct virtqueue *vq, uint16_t ndesc)
@@ -234,16 +236,12 @@ unsigned split_fill_batch(struct virtqueue *vq, const struct virtqueue_used *use
 	unsigned i;
 
 	for (i = 0; i < n; i++) {
-		uint32_t id = used[i].id, written = used[i].written;
-		uint16_t ndesc;
+		uint16_t ndesc = device_take_back(slots, num, used[i]);
 
-		if (unlikely(id >= num))
+		if (unlikely(!ndesc))
 			break;
-		ndesc = slots[id].ndesc;
-		if (unlikely(!ndesc || written > slots[id].len))
-			break;
-		slots[id].ndesc = 0;
-		ring[staged++ & mask] = (struct vring_used_elem){ ring32(id), ring32(written) };
+		ring[staged++ & mask] =
+			(struct vring_used_elem){ ring32(used[i].id), ring32(used[i].written) };
 		total += ndesc;
 	}
 	vq->staged = staged;

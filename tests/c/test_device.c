@@ -94,11 +94,24 @@ static bool add_some(struct rig *r, struct done *out)
 	return true;
 }
 
-/* Chains in, and out in any order, staged and published in lots of any size. */
-static void churn(struct options o)
+/* Gives back what was collected, with what cannot be given back behind it: an id that does not exist, more
+ * bytes than there is room for, a chain twice. */
+static void fill_batch(struct rig *r, const struct done *todo, unsigned n)
+{
+	struct virtqueue_used used[MAX_NUM + 1];
+	struct virtqueue_used wrong[] = { { r->o.num, 0 }, { 0xffffffff, 0 }, { n ? todo[0].id : 0, 0 } };
+
+	for (unsigned i = 0; i < n; i++)
+		used[i] = (struct virtqueue_used){ todo[i].id, todo[i].len };
+	used[n] = wrong[rnd(n ? 3 : 2)];
+	CHECK_EQ(virtqueue_fill_batch(&r->vq, used, n + 1), n);
+}
+
+/* Chains in, and out in any order, staged and published in lots of any size; `batches`: staged in such, too. */
+static void churn(struct options o, bool batches)
 {
 	struct done out[MAX_NUM], staged[MAX_NUM];
-	unsigned nout = 0, nstaged = 0;
+	unsigned nout = 0, nstaged = 0, nfilled = 0;
 	struct rig r;
 
 	rig_init(&r, o);
@@ -110,17 +123,33 @@ static void churn(struct options o)
 			unsigned i = rnd(nout);
 			struct done d = { out[i].id, rnd(out[i].len + 1) };
 
-			CHECK_EQ(virtqueue_fill(&r.vq, d.id, out[i].len + 1), -ERANGE);
-			CHECK_EQ(virtqueue_fill(&r.vq, d.id, d.len), 0);
-			CHECK_EQ(virtqueue_fill(&r.vq, d.id, d.len), -EINVAL);
+			struct virtqueue_used much = { d.id, out[i].len + 1 };
+
+			if (batches) {
+				CHECK_EQ(virtqueue_fill_batch(&r.vq, &much, 1), 0);
+			} else {
+				CHECK_EQ(virtqueue_fill(&r.vq, d.id, out[i].len + 1), -ERANGE);
+				CHECK_EQ(virtqueue_fill(&r.vq, d.id, d.len), 0);
+				CHECK_EQ(virtqueue_fill(&r.vq, d.id, d.len), -EINVAL);
+			}
 			staged[nstaged++] = d;
 			out[i] = out[--nout];
 			full = full && rnd(4);
 		}
-		if (!nout || !rnd(3))
-			nstaged = publish(&r, staged, nstaged);
+		if (batches && (!nout || !rnd(2))) {
+			fill_batch(&r, staged + nfilled, nstaged - nfilled);
+			nfilled = nstaged;
+		}
+		if (nfilled == (batches ? nstaged : 0) && (!nout || !rnd(3)))
+			nfilled = nstaged = publish(&r, staged, nstaged);
 	}
 	rig_destroy(&r);
+}
+
+static void churn_both_ways(struct options o)
+{
+	churn(o, false);
+	churn(o, true);
 }
 
 static void test_round_trips(void)
@@ -129,16 +158,16 @@ static void test_round_trips(void)
 
 	check_context = "split";
 	for (unsigned i = 0; i < 5; i++) {
-		churn((struct options){ .num = split[i] });
-		churn((struct options){ .num = split[i], .event_idx = true, .start = 65500 });
+		churn_both_ways((struct options){ .num = split[i] });
+		churn_both_ways((struct options){ .num = split[i], .event_idx = true, .start = 65500 });
 	}
 	check_context = "split, swapped";
 	for (unsigned i = 0; i < 5; i++)
-		churn((struct options){ .num = split[i], .swapped = true, .start = 65500 });
+		churn_both_ways((struct options){ .num = split[i], .swapped = true, .start = 65500 });
 	check_context = "packed";
 	for (unsigned i = 0; i < 7; i++)
 		for (unsigned start = 0; start < packed[i]; start += 4)
-			churn((struct options){ .packed = true, .num = packed[i], .start = start });
+			churn_both_ways((struct options){ .packed = true, .num = packed[i], .start = start });
 }
 
 static const struct piece small[2] = { { 0x10000, 16, 0 }, { 0x10100, 16, W } };
@@ -212,6 +241,46 @@ static void unpop(bool packed)
 		CHECK_EQ(virtqueue_push(&r.vq, ids[0], 0), 0);
 		for (unsigned i = 3; i--;)
 			expect_used(&r, ids[i], 0);
+	}
+	rig_destroy(&r);
+}
+
+/* Nothing is taken, and nothing is wrong. */
+static void empty_batch(bool packed)
+{
+	struct vhost_chain *batch[1];
+	struct rig r;
+
+	rig_init(&r, (struct options){ .packed = packed, .num = 8 });
+	batch[0] = &r.chain;
+	CHECK_EQ(virtqueue_pop_batch(&r.vq, batch, 0), 0);
+	CHECK(rig_add(&r, small, 2) >= 0);
+	CHECK_EQ(virtqueue_pop_batch(&r.vq, batch, 0), 0);
+	CHECK_EQ(r.vq.report.fault, VQ_OK);
+	CHECK_EQ(virtqueue_pop_batch(&r.vq, batch, 1), 1);
+	CHECK_EQ(virtqueue_fill_batch(&r.vq, NULL, 0), 0);
+	rig_destroy(&r);
+}
+
+/* Given back together, with in_order: staged as far as their elders are. */
+static void batch_in_order(bool packed)
+{
+	struct virtqueue_used used[2];
+	struct rig r;
+	uint16_t ids[3];
+
+	rig_init(&r, (struct options){ .packed = packed, .num = packed ? 9 : 8, .in_order = true });
+	for (int lap = 0; lap < 20; lap++) {
+		add_and_pop(&r, ids, 3);
+		used[0] = (struct virtqueue_used){ ids[2], 3 };
+		used[1] = (struct virtqueue_used){ ids[1], 2 };
+		CHECK_EQ(virtqueue_fill_batch(&r.vq, used, 2), 2);
+		CHECK_EQ(virtqueue_fill_batch(&r.vq, used, 2), 0);
+		virtqueue_flush(&r.vq);
+		expect_no_used(&r);
+		CHECK_EQ(virtqueue_push(&r.vq, ids[0], 1), 0);
+		for (unsigned i = 0; i < 3; i++)
+			expect_used(&r, ids[i], i + 1);
 	}
 	rig_destroy(&r);
 }
@@ -386,6 +455,8 @@ static void test_both_formats(void)
 		check_context = packed ? "packed" : "split";
 		in_order(packed);
 		unpop(packed);
+		empty_batch(packed);
+		batch_in_order(packed);
 		batch_with_a_fault(packed);
 		event_index(packed);
 		event_long_ago(packed);
