@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.judge import Outcome
 from benchmarks.samples import INSIDE, MET, NO_LIMIT, NOT_MET
-from benchmarks.suite import LIMIT, Series, Suite, Table, again
+from benchmarks.suite import Series, Suite, Table, again
 
 VERDICTS = {MET: "#2f855a", INSIDE: "#b7791f", NOT_MET: "#c53030", NO_LIMIT: "#4a5568"}
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -46,11 +46,8 @@ def figures(
         picked = [
             series
             for series in suite.series
-            if series.unit.name == table.unit.name
-            and series.matches(table.where)
-            and not series.subject.startswith(LIMIT)
+            if table.shows(series)
             and series.subject not in controls
-            and all(axis == "subject" or axis in series.axes for axis in (*table.rows, *table.columns))
             and math.isfinite(series.samples.median())
         ]
         if picked:

@@ -72,7 +72,7 @@ def build() -> ctypes.CDLL:
     """The floor and csrc, with the flags of the real build."""
     here = harness.HERE
     lib = harness.library(
-        "ring", [here / "ring_floor.c", here / "ring_engine.c", here / "ring_foreign.c", *harness.rings()]
+        "ring", [here / "ring_floor.c", here / "ring_engine.c", *harness.rings()]
     )
     pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_bool
     return harness.declare(
@@ -87,7 +87,7 @@ def build() -> ctypes.CDLL:
         ("ring_engine_new", ctypes.c_int, pointer),
         ("ring_engine_delete", None, pointer),
         ("ring_engine_run", u64, pointer, flag, u32, u32, u32),
-        ("ring_foreign_run", u64, pointer, pointer, pointer, u32, u32, u32),
+        ("ring_run", u64, pointer, pointer, pointer, u32, u32, u32),
     )
 
 
@@ -298,7 +298,7 @@ def foreign_case(ring: Ring, idle: Ring, peer: ctypes.CDLL) -> Callable[[int], f
 
     def measure(batch: int) -> float:
         empty = lib.ring_floor_run(idle.handle, False, idle_rounds, ROUND, batch) / idle_rounds
-        total = lib.ring_foreign_run(ring.handle, serve, device, rounds, ROUND, batch)
+        total = lib.ring_run(ring.handle, serve, device, rounds, ROUND, batch)
         ring.check(False, LIBVHOST_USER)
         return float(total / rounds - empty) / ROUND
 

@@ -53,8 +53,10 @@ void ring_engine_delete(struct ring_bench *r)
 	free(e);
 }
 
-static void one_by_one(struct ring_bench *r, struct ring_engine *e)
+static void one_by_one(void *device)
 {
+	struct ring_bench *r = device;
+	struct ring_engine *e = r->engine;
 	struct vhost_chain *c = &e->chains[0];
 
 	while (virtqueue_pop(&e->vq, c) > 0) {
@@ -65,8 +67,11 @@ static void one_by_one(struct ring_bench *r, struct ring_engine *e)
 	r->notified += virtqueue_should_notify(&e->vq);
 }
 
-static void batched(struct ring_bench *r, struct ring_engine *e)
+static void batched(void *device)
 {
+	struct ring_bench *r = device;
+	struct ring_engine *e = r->engine;
+
 	for (int n = AT_ONCE; n == AT_ONCE;) {
 		n = virtqueue_pop_batch(&e->vq, e->list, AT_ONCE);
 		for (int i = 0; i < n; i++) {
@@ -78,22 +83,7 @@ static void batched(struct ring_bench *r, struct ring_engine *e)
 	r->notified += virtqueue_should_notify(&e->vq);
 }
 
-/* ns for `rounds` rounds, as ring_floor_run(). */
 uint64_t ring_engine_run(struct ring_bench *r, bool in_batches, uint32_t rounds, uint32_t chains, uint32_t batch)
 {
-	void (*fn)(struct ring_bench *, struct ring_engine *) = in_batches ? batched : one_by_one;
-	uint64_t total = 0;
-
-	while (rounds--) {
-		uint64_t start;
-
-		ring_refill(r, chains, batch);
-		start = ring_clock();
-		for (uint32_t b = 0; b < r->batches; b++) {
-			ring_publish(r, b);
-			fn(r, r->engine);
-		}
-		total += ring_clock() - start;
-	}
-	return total;
+	return ring_run(r, in_batches ? batched : one_by_one, r, rounds, chains, batch);
 }

@@ -274,39 +274,10 @@ static inline __attribute__((always_inline)) void floor_packed(struct ring_bench
 	r->wrap = wrap;
 }
 
-typedef void device_fn(struct ring_bench *);
-
-static void nothing(struct ring_bench *r)
+/* ns for `rounds` rounds of `chains` chains, laid out before the clock starts; `serve` is called once a batch. */
+uint64_t ring_run(struct ring_bench *r, ring_device *serve, void *device, uint32_t rounds, uint32_t chains,
+		  uint32_t batch)
 {
-	ring_consume(r);
-}
-
-static void split_one(struct ring_bench *r)
-{
-	floor_split(r, true);
-}
-
-static void split_many(struct ring_bench *r)
-{
-	floor_split(r, false);
-}
-
-static void packed_one(struct ring_bench *r)
-{
-	floor_packed(r, true);
-}
-
-static void packed_many(struct ring_bench *r)
-{
-	floor_packed(r, false);
-}
-
-/* ns for `rounds` rounds of `chains` chains: clock and publishing alone, or with the floor's device. */
-uint64_t ring_floor_run(struct ring_bench *r, bool device, uint32_t rounds, uint32_t chains, uint32_t batch)
-{
-	device_fn *many = r->packed ? packed_many : split_many;
-	device_fn *one = r->packed ? packed_one : split_one;
-	device_fn *fn = !device ? nothing : r->nregions == 1 ? one : many;
 	uint64_t total = 0;
 
 	while (rounds--) {
@@ -316,9 +287,43 @@ uint64_t ring_floor_run(struct ring_bench *r, bool device, uint32_t rounds, uint
 		start = ring_clock();
 		for (uint32_t b = 0; b < r->batches; b++) {
 			ring_publish(r, b);
-			fn(r);
+			serve(device);
 		}
 		total += ring_clock() - start;
 	}
 	return total;
+}
+
+static void nothing(void *r)
+{
+	ring_consume(r);
+}
+
+static void split_one(void *r)
+{
+	floor_split(r, true);
+}
+
+static void split_many(void *r)
+{
+	floor_split(r, false);
+}
+
+static void packed_one(void *r)
+{
+	floor_packed(r, true);
+}
+
+static void packed_many(void *r)
+{
+	floor_packed(r, false);
+}
+
+/* As ring_run(), of the floor's device, or of what all devices have in common: clock and publishing alone. */
+uint64_t ring_floor_run(struct ring_bench *r, bool device, uint32_t rounds, uint32_t chains, uint32_t batch)
+{
+	ring_device *many = r->packed ? packed_many : split_many;
+	ring_device *one = r->packed ? packed_one : split_one;
+
+	return ring_run(r, !device ? nothing : r->nregions == 1 ? one : many, r, rounds, chains, batch);
 }

@@ -74,4 +74,10 @@ static inline uint64_t ring_clock(void)
 
 void ring_refill(struct ring_bench *r, uint32_t chains, uint32_t batch);
 
+/* Serves what is published, until there is nothing. */
+typedef void ring_device(void *device);
+
+uint64_t ring_run(struct ring_bench *r, ring_device *serve, void *device, uint32_t rounds, uint32_t chains,
+		  uint32_t batch);
+
 #endif

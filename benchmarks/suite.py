@@ -83,6 +83,15 @@ class Table:
     columns: tuple[str, ...] = ()
     where: Mapping[str, Axis] = field(default_factory=dict)
 
+    def shows(self, series: Series) -> bool:
+        axes = (*self.rows, *self.columns)
+        return (
+            series.unit.name == self.unit.name
+            and series.matches(self.where)
+            and not series.subject.startswith(LIMIT)
+            and all(axis == "subject" or axis in series.axes for axis in axes)
+        )
+
 
 class Progress(Protocol):
     """Somebody who shows how far a suite is."""

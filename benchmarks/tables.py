@@ -42,14 +42,7 @@ def _label(axes: Sequence[str], values: Sequence[Axis]) -> str:
 
 def medians(suite: Suite, table: Table) -> Text:
     """A suite's table: a median a cell, and a row's worst spread."""
-    picked = [
-        series
-        for series in suite.series
-        if series.unit.name == table.unit.name
-        and series.matches(table.where)
-        and not series.subject.startswith(LIMIT)
-        and all(axis == "subject" or axis in series.axes for axis in (*table.rows, *table.columns))
-    ]
+    picked = [series for series in suite.series if table.shows(series)]
     grid: dict[tuple[Axis, ...], dict[tuple[Axis, ...], Series]] = {}
     columns: dict[tuple[Axis, ...], None] = {}
     for series in picked:

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * QEMU's libvhost-user on the `virtqueue` benchmark: its device is set up by hand, as if the messages had
- * come, for none of them is measured here.
+ * QEMU's libvhost-user on the `virtqueue` benchmark.
  */
 #include <stdlib.h>
-#include <unistd.h>
 
-#include "libvhost-user.h"
+#include "libvhost_device.h"
 #include "virtqueue_bench.h"
 
 struct libvhost {
@@ -14,29 +12,11 @@ struct libvhost {
 	VuVirtqElement *elements[DESCRIPTORS];
 };
 
-static void panic(VuDev *dev, const char *why)
-{
-	(void)why;
-	dev->broken = true; /* then it pops nothing more, and the check says so */
-}
-
-static void set_watch(VuDev *dev, int fd, int condition, vu_watch_cb callback, void *data)
-{
-	(void)dev, (void)fd, (void)condition, (void)callback, (void)data;
-}
-
-static void remove_watch(VuDev *dev, int fd)
-{
-	(void)dev, (void)fd;
-}
-
 struct libvhost *libvhost_new(const struct bench_memory *m)
 {
-	static const VuDevIface iface = {0};
 	struct libvhost *l = calloc(1, sizeof(*l));
-	VuVirtq *vq;
 
-	if (!l || !vu_init(&l->dev, 1, STDIN_FILENO, panic, NULL, set_watch, remove_watch, &iface)) {
+	if (!l || !libvhost_init(&l->dev, m->num, m->host + m->desc, m->host + m->avail, m->host + m->used)) {
 		free(l);
 		return NULL;
 	}
@@ -47,14 +27,6 @@ struct libvhost *libvhost_new(const struct bench_memory *m)
 		.qva = m->guest,
 		.mmap_addr = (uintptr_t)m->host,
 	};
-	l->dev.features = 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_RING_F_INDIRECT_DESC;
-	vq = &l->dev.vq[0];
-	vq->vring.num = m->num;
-	vq->vring.desc = (struct vring_desc *)(m->host + m->desc);
-	vq->vring.avail = (struct vring_avail *)(m->host + m->avail);
-	vq->vring.used = (struct vring_used *)(m->host + m->used);
-	vq->enable = 1;
-	vq->started = true;
 	return l;
 }
 

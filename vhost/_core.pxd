@@ -17,6 +17,10 @@ cdef extern from "barrier.h" nogil:
     bint unlikely(bint)
 
 
+cdef extern from "mapping_unit.h" nogil:
+    uint64_t mapping_unit(int)
+
+
 cdef extern from "guest_memory.h" nogil:
     enum:
         GUEST_MEMORY_MAX_REGIONS

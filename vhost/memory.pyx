@@ -35,10 +35,6 @@ __all__ = ["MAX_REGIONS", "GuestMemory", "Region", "has_sigbus_handler", "instal
 MAX_REGIONS = GUEST_MEMORY_MAX_REGIONS
 
 
-cdef extern from "mapping_unit.h":
-    uint64_t mapping_unit(int fd) nogil
-
-
 cdef const int *sigbus_count() noexcept:
     return sigbus_repairs()
 

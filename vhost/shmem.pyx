@@ -33,7 +33,7 @@ from posix.mman cimport (
 from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
-from vhost._core cimport iovec
+from vhost._core cimport iovec, mapping_unit
 
 from vhost.errors import IncorrectFds, InvalidGuestMemory
 
@@ -44,10 +44,6 @@ MAX_MAPPINGS = 4096
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t process_vm_readv(pid_t, const iovec *, unsigned long, const iovec *, unsigned long, unsigned long)
     ssize_t process_vm_writev(pid_t, const iovec *, unsigned long, const iovec *, unsigned long, unsigned long)
-
-
-cdef extern from "mapping_unit.h":
-    uint64_t mapping_unit(int fd) nogil
 
 
 def unit_of(int fd):

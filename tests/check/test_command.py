@@ -50,6 +50,17 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         assert not done.stdout
 
 
+def test_a_file_that_is_not_needed(tmp_path: Path) -> None:
+    """There is none of a run that could not begin; one that was there is as it was."""
+    old, new = tmp_path / "old.xml", tmp_path / "new.xml"
+    old.write_text("kept")
+    for where in (old, new):
+        done = check(tmp_path / "nobody", "--junit", where)
+        assert done.returncode == 2, done.stderr
+    assert old.read_text() == "kept"
+    assert not new.exists()
+
+
 def test_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "s"
     done = check(path, "--only", "features", "--junit", tmp_path / "j.xml", *rng(path))

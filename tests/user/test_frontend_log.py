@@ -16,7 +16,7 @@ from vhost.devices.blk import Blk as Device
 from vhost.devices.rng import Rng as RngDevice
 from vhost.dirty_log import DirtyLog
 from vhost.drivers import Blk, Rng
-from vhost.errors import InactiveFeature, InvalidLogAddress, UnsupportedRequest
+from vhost.errors import InactiveFeature, InvalidLogAddress, RequestFailed, UnsupportedRequest
 from vhost.features import ProtocolF, VhostF
 from vhost.inprocess import InProcess
 from vhost.memory import GuestMemory, Region
@@ -53,6 +53,20 @@ def test_a_driver_that_starts_meanwhile(image: Path, tmp_path: Path, no_leaks: N
             disk.read(0, 8)
             assert set(log.take()) > {disk.memory[0].guest_addr}
         assert not frontend.get_features() & VhostF.LOG_ALL
+
+
+def test_a_ring_that_was_refused(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    """Where the back-end would not have it, it is not put again when logging starts."""
+    with (
+        serving(Device(image), tmp_path / "s") as server,
+        server.connect() as frontend,
+        Blk(frontend) as disk,
+    ):
+        (region,) = disk.memory
+        with pytest.raises(RequestFailed):
+            frontend.set_vring_addr(1, *[region.guest_addr] * 3)
+        frontend.start_log(DirtyLog.for_memory(disk.memory))
+        disk.read(0, 8)
 
 
 def test_the_eventfd(tmp_path: Path, no_leaks: None) -> None:

@@ -116,8 +116,11 @@ def run_check(args: argparse.Namespace) -> int:
     if (args.socket is None) == (args.listen is None):
         return _cannot("a SOCKET is needed, or --listen SOCKET")
     if args.junit:
+        there = args.junit.exists()
         try:
             args.junit.open("ab").close()  # now, and not after the last rule
+            if not there:
+                args.junit.unlink()
         except OSError as error:
             return _cannot(str(error))
     stream = sys.stderr if args.json else sys.stdout

@@ -187,10 +187,12 @@ class Frontend(
     def set_vring_addr(
         self, index: int, desc: int, avail: int, used: int, *, log: int = 0, flags: int = 0
     ) -> None:
-        log, flags = self._address_to_send(index, (desc, avail, used), log, flags)
+        areas = (desc, avail, used)
+        log, flags = self._address_to_send(areas, log, flags)
         if not self._translates and not self._has(ProtocolF.GPA_ADDRESSES):
             desc, avail, used = map(self._guest_memory.guest_to_user, (desc, avail, used))
         self._send(F.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
+        self._areas[index] = areas  # not before: it may have been refused
 
     def set_vring_base(self, index: int, base: int) -> None:
         self._send(F.SET_VRING_BASE, VringState(index, base))

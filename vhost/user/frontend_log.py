@@ -35,6 +35,7 @@ class FrontendLog(FrontendBase):
         self._logs = False
         self._acknowledged: int | None = None
         self._areas: dict[int, tuple[int, int, int]] = {}
+        """Of the rings, as the back-end has them."""
         super().__init__(sock, timeout=timeout, protocol_features=protocol_features)
 
     def set_log_base(self, log: DirtyLog) -> None:
@@ -80,9 +81,6 @@ class FrontendLog(FrontendBase):
         self._acknowledged = features
         return features | (_LOG_ALL if self._logs else 0)
 
-    def _address_to_send(
-        self, index: int, areas: tuple[int, int, int], log: int, flags: int
-    ) -> tuple[int, int]:
+    def _address_to_send(self, areas: tuple[int, int, int], log: int, flags: int) -> tuple[int, int]:
         """Log address and flags of SET_VRING_ADDR."""
-        self._areas[index] = areas
         return (areas[2], flags | _VRING_LOG) if self._logs else (log, flags)

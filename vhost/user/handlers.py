@@ -18,7 +18,7 @@ from vhost.devices.base import Device
 from vhost.devices.rings import Areas, Ring, check_event_fd
 from vhost.devices.session import DeviceSession
 from vhost.errors import IncorrectFds, InvalidGuestMemory, InvalidMessage, InvalidState
-from vhost.features import DeviceId, ProtocolF, VhostF, feature_names
+from vhost.features import DeviceId, ProtocolF, VhostF, feature_names, missing_companions
 from vhost.memory import MAX_REGIONS, GuestMemory, Region
 from vhost.user.channel import BackendChannel
 from vhost.user.messages import FRONTEND, BackendMsg, FrontendMsg
@@ -132,6 +132,10 @@ class Handlers(DeviceSession):
             raise InvalidMessage(
                 f"protocol features {foreign:#x} ({names}) were not offered", request=message.name
             )
+        for feature, missing in missing_companions(features).items():
+            (name,) = feature_names(feature, ProtocolF)
+            needed = " and ".join(feature_names(missing, ProtocolF))
+            raise InvalidMessage(f"{name} without {needed}", request=message.name)
         self.session.protocol_features = features
         if self.channel is not None:
             self.channel.session.protocol_features = features

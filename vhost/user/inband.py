@@ -19,7 +19,7 @@ from vhost._ring import signal_eventfd
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage
-from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, feature_names
+from vhost.features import PROTOCOL_COMPANIONS, ProtocolF, missing_companions
 from vhost.user.handlers import Handlers
 from vhost.user.messages import BackendMsg
 from vhost.user.payloads import VringState
@@ -65,12 +65,9 @@ class InbandHandlers(Handlers):
         return offered if self.without & COMPANIONS else offered | _INBAND
 
     def set_protocol_features(self, message: Message) -> None:
-        missing = COMPANIONS & ~message.payload.value
-        if message.payload.value & _INBAND and missing:
+        if _INBAND in missing_companions(message.payload.value):
             # "The back-end should close the connection": so no refusal, which would keep it.
             message.need_reply = False
-            names = " and ".join(feature_names(missing, ProtocolF))
-            raise InvalidMessage(f"INBAND_NOTIFICATIONS without {names}", request=message.name)
         super().set_protocol_features(message)
 
     # -- kicks -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from vhost.device_queue import DeviceQueue
 from vhost.devices.base import Device
 from vhost.devices.rings import Ring
 from vhost.errors import InvalidMessage, InvalidState
-from vhost.features import ProtocolF, VirtioF, feature_names, missing_companions
+from vhost.features import ProtocolF, VirtioF
 from vhost.inflight import QUEUE_SIZE_MAX, InflightRegion
 from vhost.user.handlers import Handlers
 from vhost.user.payloads import Inflight, VringState
@@ -49,15 +49,6 @@ class InflightHandlers(Handlers):
             if not self.without & _HAND_OVER:
                 offered |= _SKIP_DRAIN
         return offered
-
-    def set_protocol_features(self, message: Message) -> None:
-        missing = missing_companions(message.payload.value)
-        for feature in (_HAND_OVER, _SKIP_DRAIN):
-            if feature in missing:
-                (name,) = feature_names(feature, ProtocolF)
-                needed = " and ".join(feature_names(missing[feature], ProtocolF))
-                raise InvalidMessage(f"{name} without {needed}", request=message.name)
-        super().set_protocol_features(message)
 
     # -- requests ----------------------------------------------------------------------------------
 
