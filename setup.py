@@ -75,6 +75,7 @@ setup(
     ext_modules=cythonize(
         [
             extension("vhost.memory"),
+            extension("vhost.wire"),
             extension("vhost.chain"),
             extension("vhost._iotlb"),
             extension("vhost._ring"),

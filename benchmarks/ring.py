@@ -14,7 +14,6 @@ import ctypes
 import functools
 import os
 import random
-import struct
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from benchmarks.facts import BATCH, ENGINE, ENGINE_BATCH, FLOOR, ITERATE, LIBVHO
 from benchmarks.harness import NS, Case, Cases, Suite, Table, again, cell
 from benchmarks.virtqueue_peers import libvhost_user
 from vhost.memory import GuestMemory, Region
+from vhost.virtio_blk import HEADER
 from vhost.virtqueue import DeviceQueue
 
 NUM = 1024
@@ -225,18 +225,14 @@ def batched(ring: Ring) -> Timed:
 
 def full_request(ring: Ring) -> Timed:
     words, queue = ring.words, ring.queue()
-    header = struct.Struct("<I4xQ").unpack
-    ok, unsupported = b"\0", b"\2"
+    ok, unsupported = 0, 2
 
     def run(batches: Batches) -> None:
-        push = queue.push
         for at, value in batches:
             words[at] = value
             for chain in queue:
-                kind, sector = header(chain.read(16))  # wherever the driver cut it in pieces
-                size = chain.writable_len
-                chain.write_at(size - 1, ok if kind == 0 and sector < 1 << 20 else unsupported)
-                push(chain, size)
+                kind, _, sector = chain.unpack(HEADER)  # wherever the driver cut it in pieces
+                chain.finish(ok if kind == 0 and sector < 1 << 20 else unsupported, DATA)
 
     return run
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 LOWEST = ("vhost.errors", "vhost.features")
 RINGS = (
     *LOWEST,
+    "vhost.wire",
     "vhost._core",
     "vhost.dirty_log",
     "vhost.inflight",
@@ -51,6 +52,7 @@ ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
     "vhost.features": (),
+    "vhost.wire": (),
     "vhost.iotlb": (),
     "vhost._iotlb": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost._core": (),
@@ -67,9 +69,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **{f"vhost.user.{name}": below_in_protocol(name) for name in PROTOCOL_FILES},
     "vhost.user.transport": PROTOCOL,
     "vhost.user": (*ROLES, "vhost.user"),
-    "vhost.virtio_blk": LOWEST,
-    "vhost.virtio_net": LOWEST,
-    "vhost.virtio_vsock": LOWEST,
+    "vhost.virtio_blk": (*LOWEST, "vhost.wire"),
+    "vhost.virtio_net": (*LOWEST, "vhost.wire"),
+    "vhost.virtio_vsock": (*LOWEST, "vhost.wire"),
     "vhost.devices": (*RINGS, *WIRE, "vhost.devices"),
     "vhost.drivers": (*RINGS, *WIRE, "vhost.ops", "vhost.drivers"),
     "vhost.inprocess": (*RINGS, *SERVING, "vhost.ops"),

@@ -25,6 +25,7 @@ from vhost.ops import VhostOps
 from vhost.user.backend import Backend
 from vhost.user.frontend import Frontend
 from vhost.user.server import Server, serve
+from vhost.wire import Struct
 
 __all__ = [
     "Backend",
@@ -47,6 +48,7 @@ __all__ = [
     "Region",
     "Server",
     "Status",
+    "Struct",
     "VhostError",
     "VhostOps",
     "VirtioF",

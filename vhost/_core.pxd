@@ -144,6 +144,8 @@ cdef extern from "virtqueue.h" nogil:
     enum virtqueue_fault:
         VQ_OK
         VQ_ADDRESS
+        VQ_REQUEST_HEADER
+        VQ_REQUEST_STATUS
         VQ_ACCESS
         VQ_MISS
 

@@ -5,6 +5,8 @@ from typing import final
 
 from typing_extensions import Buffer as _Buffer
 
+from vhost.wire import Struct
+
 __all__ = ["Buffer", "Chain"]
 
 @final
@@ -38,6 +40,10 @@ class Chain:
     @property
     def writable_len(self) -> int: ...
     @property
+    def data_room(self) -> int:
+        """Writable bytes before the status, see ``finish``."""
+
+    @property
     def readable(self) -> tuple[Buffer, ...]: ...
     @property
     def writable(self) -> tuple[Buffer, ...]: ...
@@ -48,6 +54,10 @@ class Chain:
     def read(self, n: int = -1) -> bytes:
         """The next ``n`` readable bytes, fewer at the end."""
 
+    def unpack(self, struct: Struct) -> tuple[int, ...]:
+        """The next readable bytes as a structure, wherever the driver cut them into pieces; each byte is read
+        once. If there are too few of them this is no request: the queue is broken, and QueueBroken raised."""
+
     def readinto(self, buffer: _Buffer) -> int: ...
     def write(self, data: _Buffer) -> int:
         """Put all of ``data`` into the next writable bytes; ValueError if it does not fit."""
@@ -57,6 +67,14 @@ class Chain:
 
     def write_at(self, offset: int, data: _Buffer) -> None:
         """Put ``data`` into the writable bytes from ``offset`` on; ``written`` stays."""
+
+    def finish(self, status: int, data_written: int | None = None) -> None:
+        """Put ``status`` into the last writable byte, and push the chain to the queue that it came from: with
+        one byte more than ``data_written``, by default what ``write`` has written.
+
+        A chain that has no room for a status breaks its queue, as too short a header does: QueueBroken. What
+        must not have happened then looks at ``data_room`` before.
+        """
 
     @property
     def written(self) -> int:

@@ -17,11 +17,20 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memmove
 
-from vhost._core cimport iovec, likely, vhost_chain_destroy, vhost_chain_init
+from vhost._core cimport (
+    VQ_REQUEST_HEADER,
+    VQ_REQUEST_STATUS,
+    iovec,
+    unlikely,
+    vhost_chain_destroy,
+    vhost_chain_init,
+    virtqueue_fault,
+)
 from vhost.memory cimport GuestMemory
+from vhost.wire cimport WIRE_SIZE_MAX, Struct
 
 from vhost.errors import InvalidQueue
 
@@ -62,6 +71,14 @@ cdef cursor seek(iovec *iov, size_t offset) noexcept nogil:
         at.piece += 1
     at.offset = offset
     return at
+
+
+cdef class Origin:
+    cdef int take_back(self, Chain chain, uint32_t written) except -1:
+        raise NotImplementedError
+
+    cdef int refuse(self, Chain chain, virtqueue_fault fault, uint32_t value, uint32_t limit) except -1:
+        raise NotImplementedError
 
 
 @cython.final
@@ -122,6 +139,13 @@ cdef class Chain:
     @property
     def writable_len(self):
         return self.c.in_len
+
+    @property
+    def data_room(self):
+        self.must_be_out()
+        if unlikely(not self.c.in_len):
+            self.queue.refuse(self, VQ_REQUEST_STATUS, 0, 1)
+        return self.c.in_len - 1
 
     @property
     def readable(self):
@@ -206,7 +230,7 @@ cdef class Chain:
         return 0
 
     cdef int must_be_out(self) except -1:
-        if not self.out:
+        if self.queue is None:
             raise InvalidQueue(f"chain {self.c.id} was given back to its queue")
         return 0
 
@@ -218,6 +242,25 @@ cdef class Chain:
         copy(self.c.iov, &self.reader, PyBytes_AS_STRING(data), n, False)
         self.consumed += <uint32_t>n
         return data
+
+    def unpack(self, Struct struct not None):
+        cdef uint8_t[WIRE_SIZE_MAX] whole
+        cdef iovec *piece = self.c.iov + self.reader.piece
+        cdef uint32_t left = self.c.out_len - self.consumed
+        cdef char *at
+        self.must_be_out()
+        if unlikely(left < struct.size):
+            self.queue.refuse(self, VQ_REQUEST_HEADER, left, struct.size)
+        self.consumed += struct.size
+        if unlikely(piece.iov_len - self.reader.offset < struct.size):
+            copy(self.c.iov, &self.reader, <char *>whole, struct.size, False)
+            return struct.load(whole)
+        at = <char *>piece.iov_base + self.reader.offset
+        self.reader.offset += struct.size
+        if self.reader.offset == piece.iov_len:
+            self.reader.offset = 0
+            self.reader.piece += 1
+        return struct.load(at)
 
     def readinto(self, buffer):
         cdef Py_buffer view
@@ -251,6 +294,27 @@ cdef class Chain:
         copy(self.c.iov + self.c.out_num, &self.writer, data, size, True)
         self.written += <uint32_t>size
         return size
+
+    def finish(self, status, data_written=None):
+        cdef Origin queue = self.queue
+        cdef iovec *last
+        cdef int64_t n, byte = length_of(status)
+        self.must_be_out()
+        if unlikely(not self.c.in_len):
+            queue.refuse(self, VQ_REQUEST_STATUS, 0, 1)
+        n = self.written if data_written is None else length_of(data_written)
+        if not 0 <= byte <= 0xff:
+            raise ValueError(f"chain {self.c.id}: status {status} is no byte")
+        if not 0 <= n < self.c.in_len:
+            raise ValueError(
+                f"chain {self.c.id}: {n} bytes of data written, but only {self.c.in_len - 1} are writable"
+                " before the status"
+            )
+        # The last byte, wherever the data ends.
+        last = self.c.iov + (self.c.out_num + self.c.in_num - 1)
+        (<uint8_t *>last.iov_base)[last.iov_len - 1] = <uint8_t>byte
+        self.touched = self.c.in_len
+        queue.take_back(self, <uint32_t>n + 1)
 
     def read_at(self, Py_ssize_t offset, Py_ssize_t n):
         cdef cursor at

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 from cpython.object cimport PyObject
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from vhost._core cimport virtqueue, virtqueue_areas, virtqueue_call, virtqueue_log, vring_used
 from vhost._iotlb cimport Iotlb
-from vhost.chain cimport Chain
+from vhost.chain cimport Chain, Origin
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory
 
 
-cdef class DeviceQueue:
+cdef class DeviceQueue(Origin):
     # For engines that serve a queue without the GIL: while one does, nothing else may use the queue.
     cdef virtqueue vq
 
@@ -28,7 +28,6 @@ cdef class DeviceQueue:
     cdef virtqueue_areas areas  # where they were found last
     cdef bint user_addresses
     cdef bint ready
-    cdef uint64_t serial
     cdef int draining
     cdef str reason  # why it is broken, once somebody has asked
     cdef readonly DirtyLog dirty_log  # keeps log.map mapped
@@ -50,6 +49,8 @@ cdef class DeviceQueue:
     cdef int check_memory(self) except -1
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
+    cdef int must_be_ours(self, Chain chain) except -1
+    cdef int stage(self, Chain chain, int64_t written) except -1
     cdef int give(self, Chain chain, object written) except -1
     cdef int mark(self, Chain chain, uint32_t written) except -1
     cdef int tell_log(self) except -1

@@ -15,7 +15,7 @@ from libc.string cimport memset
 from vhost._core cimport *
 from vhost._iotlb cimport Iotlb
 from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
-from vhost.chain cimport Chain, chain_start
+from vhost.chain cimport Chain, Origin, chain_start, length_of
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory, memory_broken
@@ -30,20 +30,11 @@ cdef enum:
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *)
-    int64_t PyLong_AsLongLongAndOverflow(object, int *) except? -1
-
-cdef uint64_t last_serial = 0
-
-
-cdef inline int64_t length_of(written) except? -1:
-    cdef int beyond = 0
-    cdef int64_t n = PyLong_AsLongLongAndOverflow(written, &beyond)
-    return -2 if beyond else n  # whatever it is, no chain has that many bytes
 
 
 @cython.final
 @cython.no_gc
-cdef class DeviceQueue:
+cdef class DeviceQueue(Origin):
     def __cinit__(
         self,
         GuestMemory memory not None,
@@ -68,7 +59,6 @@ cdef class DeviceQueue:
         uint32_t index=0,
         str name not None="queue",
     ):
-        global last_serial
         cdef virtqueue_config cfg
         cdef uint32_t slots = 2
 
@@ -87,8 +77,6 @@ cdef class DeviceQueue:
         self.addrs[1] = avail
         self.addrs[2] = used
         self.user_addresses = user_addresses
-        last_serial += 1
-        self.serial = last_serial
 
         check_num(name, num, packed)
         if packed and big_endian:
@@ -263,7 +251,7 @@ cdef class DeviceQueue:
         self.pool_head += 1
         self.pool_count -= 1
         Py_DECREF(chain)
-        chain_start(chain, self.serial)
+        chain_start(chain, self)
         return chain
 
     cdef void keep(self, Chain chain) noexcept:
@@ -327,40 +315,59 @@ cdef class DeviceQueue:
 
     def unpop(self, Chain chain not None):
         self.must_be_open()
-        if chain.queue != self.serial or not chain.out or virtqueue_unpop(&self.vq, &chain.c):
+        if chain.queue is not self or virtqueue_unpop(&self.vq, &chain.c):
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
         if unlikely(self.vq.log != NULL):
             self.mark(chain, 0)
-        chain.out = False
+        chain.queue = None
         self.keep(chain)
 
     # ------------------------------------------------------------------ to the driver
 
-    cdef int give(self, Chain chain, object written) except -1:
-        cdef int64_t n
-        cdef int rc
-        # Checked here, and again where it is said what is wrong: a call of its own for each would show.
-        if chain.queue != self.serial:
-            raise InvalidQueue(f"{self.name}: chain {chain.c.id} was popped from another queue")
-        if written is None:
-            n = chain.written
-        else:
-            n = length_of(written)
-        if self.closed or not chain.out:
+    cdef int must_be_ours(self, Chain chain) except -1:
+        if unlikely(chain.queue is not self):
             self.must_be_open()
             chain.must_be_out()
-        if not 0 <= n <= chain.c.in_len:
+            raise InvalidQueue(f"{self.name}: chain {chain.c.id} was popped from another queue")
+        return 0
+
+    cdef int stage(self, Chain chain, int64_t written) except -1:
+        cdef int rc
+        if unlikely(self.closed):
+            self.must_be_open()
+        if not 0 <= written <= chain.c.in_len:
             raise ValueError(
-                f"{self.name}: chain {chain.c.id}: {n} bytes written, but only {chain.c.in_len} are writable"
+                f"{self.name}: chain {chain.c.id}: {written} bytes written, but only {chain.c.in_len} are writable"
             )
         if unlikely(self.vq.log != NULL):
-            self.mark(chain, <uint32_t>n)
-        rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>n)
+            self.mark(chain, <uint32_t>written)
+        rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>written)
         if rc:
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
-        chain.out = False
+        chain.queue = None
         self.keep(chain)
         return 0
+
+    cdef int give(self, Chain chain, object written) except -1:
+        self.must_be_ours(chain)
+        return self.stage(chain, chain.written if written is None else length_of(written))
+
+    cdef int take_back(self, Chain chain, uint32_t written) except -1:
+        # As push, for the chain itself, which knows that it is out.
+        self.stage(chain, written)
+        virtqueue_flush(&self.vq)
+        if not self.draining:
+            self.tell_driver()
+        return 0
+
+    cdef int refuse(self, Chain chain, virtqueue_fault fault, uint32_t value, uint32_t limit) except -1:
+        # As an engine would: no request that could even be answered.
+        self.must_work()
+        self.vq.report.fault = fault
+        self.vq.report.head = chain.c.id
+        self.vq.report.value = value
+        self.vq.report.limit = limit
+        self.fail()
 
     def push(self, Chain chain not None, written=None):
         self.give(chain, written)

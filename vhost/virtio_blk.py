@@ -8,14 +8,15 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Self
 
+from vhost.wire import Struct
+
 SECTOR = 512
 """The unit of capacity, of request offsets and of data lengths, whatever ``blk_size`` says."""
 ID_BYTES = 20
 
-HEADER = struct.Struct("<IIQ")
-"""type, reserved, sector"""
-RANGE = struct.Struct("<QII")
-"""sector, number of sectors, flags: one segment of a discard or write-zeroes"""
+HEADER = Struct("le32 type; le32 reserved; le64 sector")
+RANGE = Struct("le64 sector; le32 num_sectors; le32 flags")
+"""One segment of a discard or write-zeroes."""
 RANGE_UNMAP = 1
 
 

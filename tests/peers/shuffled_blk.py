@@ -20,7 +20,7 @@ import time
 from vhost.chain import Chain
 from vhost.device_queue import DeviceQueue
 from vhost.devices.blk import Blk
-from vhost.devices.blk_python import serve_request
+from vhost.devices.blk_python import run_request
 from vhost.features import ProtocolF
 from vhost.user.server import Server
 from vhost.virtio_blk import HEADER, SECTOR, BlkType
@@ -77,13 +77,15 @@ class ShuffledBlk(TellingBlk):
         if self.replay:
             self.do_again(chain)
         # Sometimes several become used at once: in a batch there is more to get wrong.
-        queue.fill(chain, serve_request(self, chain))
+        status, written = run_request(self, chain)
+        chain.write_at(chain.data_room, bytes([status]))
+        queue.fill(chain, written + 1)
         if not waiting or random.random() < 0.5:
             queue.flush()
             queue.notify()
 
     def do_again(self, chain: Chain) -> None:
-        data = chain.read()
+        data = chain.read_at(0, chain.readable_len)
         kind, _, sector = HEADER.unpack(data[: HEADER.size])
         if kind != OUT:
             return

@@ -17,7 +17,7 @@ from vhost.chain import Chain
 from vhost.cli import main
 from vhost.device_queue import DeviceQueue
 from vhost.devices.blk import Blk
-from vhost.devices.blk_python import serve_request
+from vhost.devices.blk_python import run_request
 from vhost.devices.rings import Ring
 from vhost.memory import GuestMemory, Region
 from vhost.user.log import LogHandlers
@@ -27,7 +27,7 @@ from vhost.user.session import Message
 from vhost.virtio_blk import HEADER, BlkType
 
 LATE_SECTOR = 1 << 16
-HELD: list[tuple[Blk, DeviceQueue, Chain]] = []
+HELD: list[tuple[Blk, Chain]] = []
 
 
 def forget_log(self: LogHandlers, ring: Ring) -> None:
@@ -44,16 +44,16 @@ def hold(self: Blk, queue: DeviceQueue) -> None:
     for chain in queue:
         kind, _, sector = HEADER.unpack(chain.read_at(0, HEADER.size))
         if kind == BlkType.IN and sector == LATE_SECTOR:
-            HELD.append((self, queue, chain))
+            HELD.append((self, chain))
             print("held", file=sys.stderr, flush=True)
         else:
-            queue.push(chain, serve_request(self, chain))
+            chain.finish(*run_request(self, chain))
 
 
 def give_back(self: LogHandlers, message: Message) -> VringState:
     while HELD:
-        device, queue, chain = HELD.pop()
-        queue.push(chain, serve_request(device, chain))
+        device, chain = HELD.pop()
+        chain.finish(*run_request(device, chain))
     return stop(self, message)
 
 

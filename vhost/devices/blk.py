@@ -17,8 +17,8 @@ import threading
 from vhost.device_queue import DeviceQueue
 from vhost.devices._blk_engine import MAX_RANGES, BlkEngine, Disk
 from vhost.devices.base import Attached, Device
-from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, serve_request
-from vhost.errors import DeviceBusy, InvalidQueue, QueueBroken
+from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, run_request
+from vhost.errors import DeviceBusy
 from vhost.features import BlkF, DeviceId
 from vhost.virtio_blk import ID_BYTES, SECTOR, BlkConfig
 
@@ -184,13 +184,7 @@ class Blk(Device):
     def requestq(self, queue: DeviceQueue) -> None:
         """Python's way; the C engine does not come here."""
         for chain in queue:
-            try:
-                written = serve_request(self, chain)
-            except InvalidQueue as error:
-                # Not even a status can be told. Only this ring is given up, as by the C engine.
-                queue.mark_broken(str(error))
-                raise QueueBroken(queue.name, str(error)) from None
-            queue.push(chain, written)
+            chain.finish(*run_request(self, chain))
 
     @property
     def writethrough(self) -> bool:

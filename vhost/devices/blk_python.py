@@ -13,13 +13,14 @@ from typing import Protocol
 
 from vhost.chain import Buffer, Chain
 from vhost.devices._blk_engine import MAX_RANGES, Disk
-from vhost.errors import InvalidQueue
 from vhost.virtio_blk import HEADER, ID_BYTES, RANGE, RANGE_UNMAP, SECTOR, BlkStatus, BlkType
 
 MAX_DISCARD_SECTORS = 1 << 22
 MAX_ZEROES_SECTORS = 1 << 13
 """2 GiB and 4 MiB a segment, so that no request holds a worker, and who waits for it, for long: holes are
 cheap, but a file system that cannot zero a range has it written."""
+
+_IOV_MAX = 1024  # UIO_MAXIOV: what one system call takes
 
 
 class Served(Protocol):
@@ -44,45 +45,20 @@ class _Refused(Exception):
         self.status = status
 
 
-def serve_request(disk: Served, chain: Chain) -> int:
-    """Run it and write its status: how many bytes were written in all. InvalidQueue: it cannot be
-    answered."""
-    if chain.readable_len < HEADER.size:
-        raise InvalidQueue(
-            f"request is shorter than its header (chain {chain.id}, value {chain.readable_len:#x},"
-            f" limit {HEADER.size:#x})"
-        )
-    if not chain.writable_len:
-        raise InvalidQueue(f"request has no room for its status (chain {chain.id}, value 0x0, limit 0x1)")
-    room = chain.writable_len - 1  # the status is the last byte, wherever the data ends
-    kind, _, sector = HEADER.unpack(chain.read_at(0, HEADER.size))
-    written = 0
+def run_request(disk: Served, chain: Chain) -> tuple[int, int]:
+    """Run it: what its status is, and how many bytes of data were written. QueueBroken: it cannot be
+    answered, and nothing was done."""
+    kind, _, sector = chain.unpack(HEADER)
+    room = chain.data_room
+    serve = _SERVE.get(kind)
+    if serve is None:
+        return _UNSUPP, 0
     try:
-        if kind == BlkType.IN:
-            written = _transfer(disk, os.preadv, chain.writable_part(0, room), sector, room)
-        elif kind == BlkType.OUT:
-            _check_writable(disk)
-            length = chain.readable_len - HEADER.size
-            _transfer(disk, os.pwritev, chain.readable_part(HEADER.size), sector, length)
-            if disk.writethrough:
-                _flush(disk)
-        elif kind == BlkType.FLUSH:
-            _flush(disk)
-        elif kind == BlkType.GET_ID:
-            name = disk.serial.ljust(ID_BYTES, b"\0")[:room]
-            chain.write_at(0, name)
-            written = len(name)
-        elif kind in (BlkType.DISCARD, BlkType.WRITE_ZEROES):
-            _ranges(disk, kind == BlkType.DISCARD, chain)
-        else:
-            raise _Refused(BlkStatus.UNSUPP)
-        status = BlkStatus.OK
+        return _OK, serve(disk, chain, sector, room)
     except _Refused as refusal:
-        status = refusal.status
+        return refusal.status, 0
     except OSError as error:
-        status = BlkStatus.UNSUPP if error.errno == errno.EOPNOTSUPP else BlkStatus.IOERR
-    chain.write_at(room, bytes([status]))
-    return written + 1
+        return _UNSUPP if error.errno == errno.EOPNOTSUPP else _IOERR, 0
 
 
 def _check_writable(disk: Served) -> None:
@@ -95,42 +71,54 @@ def _check_range(disk: Served, sector: int, count: int) -> None:
         raise _Refused(BlkStatus.IOERR)
 
 
+def _read(disk: Served, chain: Chain, sector: int, room: int) -> int:
+    _transfer(disk, os.preadv, lambda done: chain.writable_part(done, room - done), sector, room)
+    return room
+
+
+def _write(disk: Served, chain: Chain, sector: int, room: int) -> int:
+    _check_writable(disk)
+    length = chain.readable_len - HEADER.size
+    _transfer(disk, os.pwritev, lambda done: chain.readable_part(HEADER.size + done), sector, length)
+    if disk.writethrough:
+        _flush(disk)
+    return 0
+
+
 def _transfer(
     disk: Served,
     call: Callable[[int, Sequence[Buffer], int], int],
-    buffers: Sequence[Buffer],
+    rest: Callable[[int], Sequence[Buffer]],
     sector: int,
     length: int,
-) -> int:
+) -> None:
+    """``rest`` gives the buffers from an offset on: the file may take or give less than is asked for."""
     if length % SECTOR:
         raise _Refused(BlkStatus.IOERR)
     _check_range(disk, sector, length // SECTOR)
-    if disk.fd < 0:
-        return length
-    done = 0
-    views: list[memoryview] = [memoryview(part) for part in buffers]
+    done = 0 if disk.fd >= 0 else length
     while done < length:
-        n = call(disk.fd, views[:1024], sector * SECTOR + done)  # type: ignore[arg-type]
+        n = call(disk.fd, rest(done)[:_IOV_MAX], sector * SECTOR + done)
         if n == 0:
             raise _Refused(BlkStatus.IOERR)  # the file ends below the capacity that was announced
         done += n
-        while views and n >= len(views[0]):
-            n -= len(views.pop(0))
-        if n:
-            views[0] = views[0][n:]
-    return done
 
 
-def _flush(disk: Served) -> None:
+def _get_id(disk: Served, chain: Chain, sector: int, room: int) -> int:
+    return chain.write(disk.serial.ljust(ID_BYTES, b"\0")[:room])
+
+
+def _flush(disk: Served) -> int:
     if disk.fd >= 0:
         os.fdatasync(disk.fd)
+    return 0
 
 
-def _ranges(disk: Served, discard: bool, chain: Chain) -> None:
+def _ranges(disk: Served, chain: Chain, discard: bool) -> int:
     length = chain.readable_len - HEADER.size
     if not length or length % RANGE.size or length > MAX_RANGES * RANGE.size:
         raise _Refused(BlkStatus.IOERR)
-    ranges = list(RANGE.iter_unpack(chain.read_at(HEADER.size, length)))
+    ranges = [chain.unpack(RANGE) for _ in range(length // RANGE.size)]
     if any(flags & ~(0 if discard else RANGE_UNMAP) for _, _, flags in ranges):
         raise _Refused(BlkStatus.UNSUPP)
     _check_writable(disk)
@@ -139,9 +127,7 @@ def _ranges(disk: Served, discard: bool, chain: Chain) -> None:
         if count > most:
             raise _Refused(BlkStatus.IOERR)
         _check_range(disk, sector, count)
-    if disk.fd < 0:
-        return
-    for sector, count, flags in ranges:
+    for sector, count, flags in ranges if disk.fd >= 0 else ():
         if not count:
             continue
         if discard:
@@ -150,3 +136,15 @@ def _ranges(disk: Served, discard: bool, chain: Chain) -> None:
             disk.disk.write_zeroes(sector * SECTOR, count * SECTOR, bool(flags & RANGE_UNMAP))
     if disk.writethrough and not discard:
         _flush(disk)
+    return 0
+
+
+_OK, _IOERR, _UNSUPP = int(BlkStatus.OK), int(BlkStatus.IOERR), int(BlkStatus.UNSUPP)
+_SERVE: dict[int, Callable[[Served, Chain, int, int], int]] = {
+    BlkType.IN: _read,
+    BlkType.OUT: _write,
+    BlkType.FLUSH: lambda disk, chain, sector, room: _flush(disk),
+    BlkType.GET_ID: _get_id,
+    BlkType.DISCARD: lambda disk, chain, sector, room: _ranges(disk, chain, True),
+    BlkType.WRITE_ZEROES: lambda disk, chain, sector, room: _ranges(disk, chain, False),
+}
