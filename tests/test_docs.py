@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,6 +97,22 @@ def test_own_loop(image: Path) -> None:
         assert disk.read(2, 3) == bytes(512) + b"\xa5" * 512 + bytes(512)
     assert server.wait() == 0
     assert image.read_bytes()[1536:2048] == b"\xa5" * 512
+
+
+def test_disk_in_memory() -> None:
+    names: dict[str, Callable[[int], vhost.Device]] = {}
+    exec(examples("docs/devices.md")[0], names)
+    ours, theirs = socket.socketpair()
+    with (
+        stepped(Backend(names["RamDisk"](SIZE), theirs)),
+        vhost.Frontend(ours) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
+        assert disk.capacity == SIZE // 512
+        disk.write(3, b"\xa5" * 512)
+        assert disk.read(2, 3) == bytes(512) + b"\xa5" * 512 + bytes(512)
+        with pytest.raises(OSError, match="IOERR"):
+            disk.read(SIZE // 512 - 1, 2)
 
 
 def test_state_of_a_device() -> None:
