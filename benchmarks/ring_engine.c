@@ -71,13 +71,16 @@ static void batched(void *device)
 {
 	struct ring_bench *r = device;
 	struct ring_engine *e = r->engine;
+	struct virtqueue_used used[AT_ONCE];
 
 	for (int n = AT_ONCE; n == AT_ONCE;) {
 		n = virtqueue_pop_batch(&e->vq, e->list, AT_ONCE);
 		for (int i = 0; i < n; i++) {
 			ring_consume(e->chains[i].iov);
-			virtqueue_fill(&e->vq, e->chains[i].id, e->chains[i].in_len);
+			used[i] = (struct virtqueue_used){ e->chains[i].id, e->chains[i].in_len };
 		}
+		if (n > 0)
+			virtqueue_fill_batch(&e->vq, used, (unsigned)n);
 	}
 	virtqueue_flush(&e->vq);
 	r->notified += virtqueue_should_notify(&e->vq);

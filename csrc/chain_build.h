@@ -212,25 +212,8 @@ static inline uint32_t chain_max_pieces(const struct virtqueue *vq)
 	return 2 * chain_table_limit(vq);
 }
 
-/* What each chain that is popped changes in its queue: a batch has it in registers. */
-struct pop_tally {
-	uint32_t inuse, pops;
-};
-
-static inline struct pop_tally pop_tally(const struct virtqueue *vq)
-{
-	return (struct pop_tally){ vq->inuse, vq->pops };
-}
-
-static inline void pop_tally_store(struct virtqueue *vq, const struct pop_tally *t)
-{
-	vq->inuse = t->inuse;
-	vq->pops = t->pops;
-}
-
 /* The chain is whole: it is out from here on. */
-static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq, struct pop_tally *t,
-							   struct vhost_chain *c,
+static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq, struct vhost_chain *c,
 							   const struct chain_walk *w, uint16_t id,
 							   uint32_t ndesc)
 {
@@ -244,33 +227,22 @@ static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
 	/* `len` is that of the whole chain, out_len the readable part of it. */
 	if (unlikely(w->len > UINT32_MAX))
 		return vq_fault(vq, VQ_LENGTH_TOTAL, id, w->len, (uint64_t)UINT32_MAX + 1);
-	if (unlikely(ndesc > vq->num - t->inuse))
-		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - t->inuse + 1);
+	if (unlikely(ndesc > vq->num - vq->inuse))
+		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - vq->inuse + 1);
 	c->id = id;
 	c->ndesc = (uint16_t)ndesc;
 	c->in_num = n - c->out_num;
 	c->in_len = (uint32_t)w->len - c->out_len;
 	slot->len = c->in_len;
-	slot->seq = t->pops++ & VQ_SEQ_MASK;
+	slot->seq = vq->pops++ & VQ_SEQ_MASK;
 	slot->ndesc = (uint16_t)ndesc;
-	t->inuse += ndesc;
+	vq->inuse += ndesc;
 	if (unlikely(vq->in_order)) {
 		uint32_t end = vq->order_head + vq->order_count++;
 
 		vq->order[end < vq->num ? end : end - vq->num] = id;
 	}
 	return 1;
-}
-
-/* The same for who pops no batch. */
-static inline int chain_out_alone(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w,
-				  uint16_t id, uint32_t ndesc)
-{
-	struct pop_tally t = pop_tally(vq);
-	int rc = chain_out(vq, &t, c, w, id, ndesc);
-
-	pop_tally_store(vq, &t);
-	return rc;
 }
 
 #endif

@@ -50,7 +50,7 @@ static inline int check_id(struct virtqueue *vq, uint16_t id)
 static inline int take_whole(struct virtqueue *vq, struct vhost_chain *c, const struct chain_walk *w,
 			     uint16_t id, uint32_t ndesc, uint16_t pos, bool wrap)
 {
-	if (unlikely(check_id(vq, id) || chain_out_alone(vq, c, w, id, ndesc) < 0))
+	if (unlikely(check_id(vq, id) || chain_out(vq, c, w, id, ndesc) < 0))
 		return -1;
 	vq->last_avail = pos;
 	vq->avail_wrap = wrap;
@@ -130,7 +130,7 @@ static inline struct packed_place packed_place(const struct virtqueue *vq)
 }
 
 /* The chain at this place, if it is there. 1, 0 or -1, as virtqueue_pop. */
-static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq, struct pop_tally *t,
+static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq,
 							     struct packed_place *at,
 							     struct vhost_chain *c)
 {
@@ -159,7 +159,7 @@ static inline __attribute__((always_inline)) int packed_take(struct virtqueue *v
 		if (!(flags & VRING_DESC_F_NEXT)) {
 			/* The id is valid in the last descriptor (2.8.6). */
 			if (unlikely(check_id(vq, raw_third(d)) ||
-				     chain_out(vq, t, c, &w, raw_third(d), (uint32_t)(w.at - c->fixed)) < 0))
+				     chain_out(vq, c, &w, raw_third(d), (uint32_t)(w.at - c->fixed)) < 0))
 				return -1;
 			*at = (struct packed_place){ pos, want };
 			return 1;
@@ -168,10 +168,8 @@ static inline __attribute__((always_inline)) int packed_take(struct virtqueue *v
 		if (unlikely((flags & AVAIL_USED) != want))
 			return goes_nowhere(vq, raw_third(d), (uint32_t)(w.at - c->fixed), pos);
 	}
-	pop_tally_store(vq, t);
 	rc = walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, d, flags, (uint16_t)pos,
 		     want == available_flags(true));
-	*t = pop_tally(vq);
 	if (rc > 0)
 		*at = packed_place(vq);
 	return rc;
@@ -205,18 +203,16 @@ static int packed_take_saved(struct virtqueue *vq, struct vhost_chain *c, uint16
 static int packed_pop_plain(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
 	struct packed_place at = packed_place(vq);
-	struct pop_tally t = pop_tally(vq);
 	unsigned done;
 	int rc = 0;
 
 	for (done = 0; done < n; done++) {
-		rc = packed_take(vq, &t, &at, c[done]);
+		rc = packed_take(vq, &at, c[done]);
 		if (rc <= 0)
 			break;
 	}
 	vq->last_avail = (uint16_t)at.pos;
 	vq->avail_wrap = at.want == available_flags(true);
-	pop_tally_store(vq, &t);
 	return likely(done) ? (int)done : rc;
 }
 

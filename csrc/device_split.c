@@ -89,7 +89,7 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 		if (unlikely(seen == limit))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, seen + 1, limit + 1);
 	}
-	return chain_out_alone(vq, c, &w, head, ndesc);
+	return chain_out(vq, c, &w, head, ndesc);
 }
 
 /* Goes on with a chain of n buffers so far at the next descriptor, one that not every chain has. 1 or -1.
@@ -109,7 +109,7 @@ static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_
 		if (unlikely(chain_add(vq, c, &w, head, d.addr, raw_len(d), raw_third(d))))
 			return -1;
 		if (!(raw_third(d) & VRING_DESC_F_NEXT))
-			return chain_out_alone(vq, c, &w, head, ndesc);
+			return chain_out(vq, c, &w, head, ndesc);
 		if (unlikely(raw_fourth(d) >= vq->num))
 			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(d), vq->num);
 		d = ring_desc(fetch_desc(&vq->split.desc[raw_fourth(d)]));
@@ -117,15 +117,14 @@ static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_
 }
 
 /* The chain with this head. 1 or -1. */
-static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq, struct pop_tally *t,
-							    struct vhost_chain *c, uint16_t head)
+static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq, struct vhost_chain *c,
+							    uint16_t head)
 {
 	const struct vring_desc *desc = vq->split.desc;
 	const struct guest_memory *mem = vq->mem;
 	struct chain_walk w = chain_begin(vq, c);
 	uint32_t num = vq->num;
 	struct raw_desc d;
-	int rc;
 
 	if (unlikely(head >= num))
 		return vq_fault(vq, VQ_HEAD_RANGE, head, head, num);
@@ -136,24 +135,12 @@ static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq
 	while (likely(!(raw_third(d) & VRING_DESC_F_INDIRECT)) &&
 	       likely(chain_add_simple(mem, c, &w, d.addr, raw_len(d), raw_third(d)))) {
 		if (!(raw_third(d) & VRING_DESC_F_NEXT))
-			return chain_out(vq, t, c, &w, head, (uint32_t)(w.at - c->fixed));
+			return chain_out(vq, c, &w, head, (uint32_t)(w.at - c->fixed));
 		if (unlikely(raw_fourth(d) >= num))
 			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(d), num);
 		d = ring_desc(fetch_desc(&desc[raw_fourth(d)]));
 	}
-	pop_tally_store(vq, t);
-	rc = walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, head, d);
-	*t = pop_tally(vq);
-	return rc;
-}
-
-static int split_take_alone(struct virtqueue *vq, struct vhost_chain *c, uint16_t head)
-{
-	struct pop_tally t = pop_tally(vq);
-	int rc = split_take(vq, &t, c, head);
-
-	pop_tally_store(vq, &t);
-	return rc;
+	return walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, head, d);
 }
 
 static inline uint16_t next_head(const struct virtqueue *vq, uint16_t at)
@@ -168,7 +155,7 @@ static int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 	int rc;
 
 	if (unlikely(in->old_popped < in->old_num)) {
-		rc = split_take_alone(vq, c, in->old[in->old_popped].at);
+		rc = split_take(vq, c, in->old[in->old_popped].at);
 		if (rc > 0)
 			inflight_popped_again(vq, c->id);
 		return rc;
@@ -176,7 +163,7 @@ static int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 	rc = split_available(vq);
 	if (rc <= 0)
 		return rc;
-	rc = split_take_alone(vq, c, next_head(vq, vq->last_avail));
+	rc = split_take(vq, c, next_head(vq, vq->last_avail));
 	if (rc > 0) {
 		vq->last_avail++;
 		inflight_split_popped(vq, c->id);
@@ -186,7 +173,6 @@ static int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 
 int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 {
-	struct pop_tally t = pop_tally(vq);
 	uint16_t last = vq->last_avail;
 	unsigned done;
 	int ahead, rc = 0;
@@ -199,12 +185,11 @@ int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 	if (n > (unsigned)ahead)
 		n = (unsigned)ahead;
 	for (done = 0; done < n; done++, last++) {
-		rc = split_take(vq, &t, c[done], next_head(vq, last));
+		rc = split_take(vq, c[done], next_head(vq, last));
 		if (unlikely(rc < 0))
 			break;
 	}
 	vq->last_avail = last;
-	pop_tally_store(vq, &t);
 	return likely(done) ? (int)done : rc;
 }
 
