@@ -58,8 +58,11 @@ static int pop_all(struct engine *e)
 
 static void fill_all(struct engine *e, int n)
 {
+	struct virtqueue_used used[DESCRIPTORS];
+
 	for (int i = 0; i < n; i++)
-		virtqueue_fill(&e->vq, e->chains[i].id, WRITTEN);
+		used[i] = (struct virtqueue_used){ e->chains[i].id, WRITTEN };
+	virtqueue_fill_batch(&e->vq, used, (unsigned)n);
 	virtqueue_flush(&e->vq);
 }
 

@@ -38,7 +38,8 @@ static inline uint16_t raw_fourth(struct raw_desc d)
 	return (uint16_t)(d.rest >> 48);
 }
 
-typedef uint64_t __attribute__((may_alias)) aliased_u64;
+/* The tables of rings are aligned; indirect ones need not be. */
+typedef uint64_t __attribute__((may_alias, aligned(1))) aliased_u64;
 
 /* One read of each half; what the other side writes afterwards is not seen. */
 static inline struct raw_desc fetch_desc(const void *desc)
@@ -69,16 +70,13 @@ bool chain_read(struct virtqueue *vq, uint64_t addr, void *to, uint64_t len);
 static inline bool fetch_table_desc(struct virtqueue *vq, const struct desc_table *t, uint32_t i,
 				    struct raw_desc *raw)
 {
-	uint64_t half[2], at = (uint64_t)i * sizeof(half);
+	uint64_t at = (uint64_t)i * sizeof(*raw);
 
-	if (likely(t->host))
-		memcpy(half, t->host + at, sizeof(half));
-	else if (t->addr + at < t->addr || !chain_read(vq, t->addr + at, half, sizeof(half)))
-		return false;
-	/* From here on the values live in registers: the compiler must not load them again. */
-	__asm__ __volatile__("" : "+r"(half[0]), "+r"(half[1]));
-	*raw = (struct raw_desc){ half[0], half[1] };
-	return true;
+	if (likely(t->host)) {
+		*raw = fetch_desc(t->host + at);
+		return true;
+	}
+	return t->addr + at >= t->addr && chain_read(vq, t->addr + at, raw, sizeof(*raw));
 }
 
 /* A function, so that what a fault takes stays out of the way of what is none. */
@@ -99,13 +97,14 @@ int chain_no_access(struct virtqueue *vq, uint16_t head, uint64_t addr, uint64_t
 
 /*
  * A chain while it is walked. It lives in registers, and so nothing that is not inlined may have its
- * address: what is rare goes through the chain itself.
+ * address: what is rare goes through the chain itself. c->out_num and c->out_len are of the readable
+ * buffers so far, which all come first: beyond them, the walk is at the writable ones.
  */
 struct chain_walk {
-	struct iovec *at, *end;		/* next free in c->iov */
+	struct iovec *iov;		/* c->iov */
 	const struct guest_region *region; /* of the last buffer: the next one's, too, most of the time */
-	uint64_t len;  /* of the whole chain; no overflow: descriptors are fewer than 2^32 */
-	uint32_t kind; /* WRITE when at the writable buffers: the readable ones are in the chain */
+	uint64_t len; /* of the whole chain; no overflow: descriptors are fewer than 2^32 */
+	uint32_t n, cap; /* pieces, and how many c->iov has room for */
 };
 
 static inline __attribute__((always_inline)) struct chain_walk
@@ -113,76 +112,76 @@ chain_begin(const struct virtqueue *vq, struct vhost_chain *c)
 {
 	c->iov = c->fixed;
 	return (struct chain_walk){
-		.at = c->fixed,
-		.end = c->fixed + VHOST_CHAIN_INLINE,
+		.iov = c->fixed,
 		.region = vq->mem->by_guest,
+		.cap = VHOST_CHAIN_INLINE,
 	};
 }
 
 /* For a walk that goes on in another function. */
 static inline struct chain_walk chain_resume(const struct virtqueue *vq, struct vhost_chain *c,
-					     uint32_t n, uint64_t len, uint32_t kind)
+					     uint32_t n, uint64_t len)
 {
 	uint32_t cap = c->iov == c->fixed ? VHOST_CHAIN_INLINE : c->spill_cap;
 
-	return (struct chain_walk){ c->iov + n, c->iov + cap, vq->mem->by_guest, len, kind };
+	return (struct chain_walk){ c->iov, vq->mem->by_guest, len, n, cap };
 }
 
-/* Appends a buffer that is not wholly in the region we guessed, that does not fit into c->iov as it is,
- * or that is empty. How many pieces there are now, or -1 with the fault reported. */
-int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
-		     uint64_t addr, uint32_t len, uint32_t kind);
+/* What has been walked is readable. */
+static inline void chain_readable(struct vhost_chain *c, const struct chain_walk *w)
+{
+	c->out_num = w->n;
+	c->out_len = (uint32_t)w->len;
+}
 
 /*
  * Appends a buffer that is as most are: whole in the region of the last one, or in the one that the hint
  * says, with room in c->iov. False: chain_add has to look at it, which knows all that is rare, and faults.
  */
-static inline __attribute__((always_inline)) bool chain_add_simple(const struct guest_memory *mem,
-								   struct vhost_chain *c,
-								   struct chain_walk *w, uint64_t addr,
-								   uint32_t len, uint16_t flags)
+static inline __attribute__((always_inline)) bool chain_place(const struct guest_memory *mem,
+							      struct chain_walk *w, struct raw_desc d)
 {
 	const struct guest_region *r = w->region;
-	uint64_t off = addr - r->guest_addr;
-	uint32_t kind = flags & VRING_DESC_F_WRITE;
+	uint64_t off = d.addr - r->guest_addr, len = raw_len(d), room;
 
-	if (kind != w->kind) {
-		if (unlikely(!kind))
+	if (__builtin_sub_overflow(r->size, off, &room)) {
+		w->region = r = guest_memory_guess(mem, d.addr);
+		off = d.addr - r->guest_addr;
+		if (unlikely(__builtin_sub_overflow(r->size, off, &room)))
 			return false;
-		/* The first writable buffer: what came before is the readable part. */
-		c->out_num = (uint32_t)(w->at - c->iov);
-		c->out_len = (uint32_t)w->len;
-		w->kind = kind;
-	}
-	if (off >= r->size) {
-		w->region = r = guest_memory_guess(mem, addr);
-		off = addr - r->guest_addr;
 	}
 	/* One comparison for "not empty" and "not beyond the end": 0 - 1 is beyond any. */
-	if (unlikely(off >= r->size || (uint64_t)len - 1 >= r->size - off || w->at == w->end))
+	if (unlikely(len - 1 >= room || w->n == w->cap))
 		return false;
-	w->at->iov_base = r->host + off;
-	w->at->iov_len = len;
-	w->at++;
+	w->iov[w->n].iov_base = r->host + off;
+	w->iov[w->n].iov_len = len;
+	w->n++;
 	w->len += len;
 	return true;
 }
 
-/* Appends one buffer. 0, or -1 with the fault reported. */
+/* Appends a buffer in as many pieces as it takes. How many pieces there are now, or -1 with the fault
+ * reported. */
+int chain_add_pieces(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint16_t head,
+		     uint64_t addr, uint32_t len, uint32_t kind);
+
+/* Appends any buffer. 0, or -1 with the fault reported. */
 static inline int chain_add(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk *w,
-			    uint16_t head, uint64_t addr, uint32_t len, uint16_t flags)
+			    uint16_t head, struct raw_desc d, uint16_t flags)
 {
 	uint32_t kind = flags & VRING_DESC_F_WRITE;
-	int n;
 
-	if (likely(chain_add_simple(vq->mem, c, w, addr, len, flags)))
-		return 0;
-	if (unlikely(kind != w->kind))
-		return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, addr, 0);
-	n = chain_add_pieces(vq, c, (uint32_t)(w->at - c->iov), head, addr, len, kind);
-	if (n < 0)
-		return -1;
-	*w = chain_resume(vq, c, (uint32_t)n, w->len + len, w->kind);
+	if (unlikely(!kind && w->n > c->out_num))
+		return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, d.addr, 0);
+	if (unlikely(!chain_place(vq->mem, w, d))) {
+		int n = chain_add_pieces(vq, c, w->n, head, d.addr, raw_len(d), kind);
+
+		if (n < 0)
+			return -1;
+		*w = chain_resume(vq, c, (uint32_t)n, w->len + raw_len(d));
+	}
+	if (!kind)
+		chain_readable(c, w);
 	return 0;
 }
 
@@ -217,13 +216,8 @@ static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
 							   const struct chain_walk *w, uint16_t id,
 							   uint32_t ndesc)
 {
-	uint32_t n = (uint32_t)(w->at - c->iov);
 	struct vq_slot *slot = &vq->slots[id];
 
-	if (unlikely(!w->kind)) {
-		c->out_num = n;
-		c->out_len = (uint32_t)w->len;
-	}
 	/* `len` is that of the whole chain, out_len the readable part of it. */
 	if (unlikely(w->len > UINT32_MAX))
 		return vq_fault(vq, VQ_LENGTH_TOTAL, id, w->len, (uint64_t)UINT32_MAX + 1);
@@ -231,7 +225,7 @@ static inline __attribute__((always_inline)) int chain_out(struct virtqueue *vq,
 		return vq_fault(vq, VQ_CHAIN_TOO_LONG, id, ndesc, vq->num - vq->inuse + 1);
 	c->id = id;
 	c->ndesc = (uint16_t)ndesc;
-	c->in_num = n - c->out_num;
+	c->in_num = w->n - c->out_num;
 	c->in_len = (uint32_t)w->len - c->out_len;
 	slot->len = c->in_len;
 	slot->seq = vq->pops++ & VQ_SEQ_MASK;

@@ -60,9 +60,10 @@ static inline int take_whole(struct virtqueue *vq, struct vhost_chain *c, const 
 /* 2.8.7: the descriptors of a table lie behind each other, and a device ignores all flags of theirs but
  * WRITE: INDIRECT nests nothing, it is a buffer like the others. The table ends the chain. 1 or -1, as
  * packed_take. */
-static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint32_t ndesc,
+static int take_table(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint64_t len, uint32_t ndesc,
 		      struct raw_desc indirect, uint16_t flags, uint16_t pos, bool wrap)
 {
+	struct chain_walk w = chain_resume(vq, c, n, len);
 	uint32_t entries = 0, limit = chain_table_limit(vq);
 	uint16_t id = raw_third(indirect);
 	struct desc_table table;
@@ -78,7 +79,7 @@ static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_
 		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
 			return chain_no_access(vq, id, table.addr + (uint64_t)i * sizeof(d),
 					       sizeof(d), 0);
-		if (unlikely(chain_add(vq, c, &w, id, d.addr, raw_len(d), raw_fourth(d))))
+		if (unlikely(chain_add(vq, c, &w, id, d, raw_fourth(d))))
 			return -1;
 	}
 	return take_whole(vq, c, &w, id, ndesc, pos, wrap);
@@ -95,19 +96,18 @@ static int goes_nowhere(struct virtqueue *vq, uint16_t id, uint32_t ndesc, uint3
 /* Goes on with a chain of n buffers so far at the next descriptor, one that not every chain has, at `pos`.
  * 1 or -1. (No chain_walk as an argument: the caller would have to keep his in memory for it.) */
 static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_chain *c,
-					     uint32_t n, uint64_t len, uint32_t kind,
-					     struct raw_desc d, uint16_t flags, uint16_t pos,
-					     bool wrap)
+					     uint32_t n, uint64_t len, struct raw_desc d,
+					     uint16_t flags, uint16_t pos, bool wrap)
 {
-	struct chain_walk w = chain_resume(vq, c, n, len, kind);
+	struct chain_walk w = chain_resume(vq, c, n, len);
 
 	for (uint32_t ndesc = n + 1;; ndesc++) {
 		if (unlikely(ndesc > vq->num))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, raw_third(d), ndesc, vq->num + 1);
 		advance(vq, &pos, &wrap, 1);
 		if (flags & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, ndesc, d, flags, pos, wrap);
-		if (unlikely(chain_add(vq, c, &w, raw_third(d), d.addr, raw_len(d), flags)))
+			return take_table(vq, c, w.n, w.len, ndesc, d, flags, pos, wrap);
+		if (unlikely(chain_add(vq, c, &w, raw_third(d), d, flags)))
 			return -1;
 		if (!(flags & VRING_DESC_F_NEXT))
 			return take_whole(vq, c, &w, raw_third(d), ndesc, pos, wrap);
@@ -129,50 +129,67 @@ static inline struct packed_place packed_place(const struct virtqueue *vq)
 	return (struct packed_place){ vq->last_avail, available_flags(vq->avail_wrap) };
 }
 
-/* The chain at this place, if it is there. 1, 0 or -1, as virtqueue_pop. */
-static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq,
-							     struct packed_place *at,
-							     struct vhost_chain *c)
+/*
+ * Takes descriptors from *d and its flags on, for as long as they are buffers of this kind (0 or
+ * VRING_DESC_F_WRITE) and as most are. 1: that was the whole chain; 0: *d, at this place, is another; -1: broken.
+ */
+static inline __attribute__((always_inline)) int take_run(struct virtqueue *vq, struct chain_walk *w,
+							  struct packed_place *at, struct raw_desc *d,
+							  uint16_t *flags, uint32_t kind)
 {
 	const struct vring_packed_desc *desc = vq->packed.desc;
-	uint32_t num = vq->num, pos = at->pos;
-	uint16_t want = at->want;
+	const struct guest_memory *mem = vq->mem;
+	uint32_t num = vq->num;
+
+	while ((*flags & (VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE)) == kind && likely(chain_place(mem, w, *d))) {
+		if (++at->pos == num) {
+			at->pos = 0;
+			at->want ^= AVAIL_USED;
+		}
+		if (!(*flags & VRING_DESC_F_NEXT))
+			return 1;
+		/* Of its flags, those count that were looked at, whatever they are when it is fetched. */
+		*flags = READ_ONCE(desc[at->pos].flags);
+		if (unlikely((*flags & AVAIL_USED) != at->want))
+			return goes_nowhere(vq, raw_third(*d), w->n, at->pos);
+		*d = fetch_desc(&desc[at->pos]);
+	}
+	return 0;
+}
+
+/* The chain at this place, if it is there. 1, 0 or -1, as virtqueue_pop. */
+static inline __attribute__((always_inline)) int packed_take(struct virtqueue *vq,
+							     struct packed_place *next,
+							     struct vhost_chain *c)
+{
+	struct packed_place at = *next;
 	/* Pairs with the driver's release of the head's flags: the whole chain is there. */
-	uint16_t flags = LOAD_ACQUIRE(desc[pos].flags);
+	uint16_t flags = LOAD_ACQUIRE(vq->packed.desc[at.pos].flags);
 	struct chain_walk w;
 	struct raw_desc d;
 	int rc;
 
-	if ((flags & AVAIL_USED) != want)
+	if ((flags & AVAIL_USED) != at.want)
 		return 0;
 	w = chain_begin(vq, c);
-	for (;;) {
-		/* Of its flags, those count that were looked at, whatever they are now. */
-		d = fetch_desc(&desc[pos]);
-		if (flags & VRING_DESC_F_INDIRECT ||
-		    unlikely(!chain_add_simple(vq->mem, c, &w, d.addr, raw_len(d), flags)))
-			break;
-		if (++pos == num) {
-			pos = 0;
-			want ^= AVAIL_USED;
-		}
-		if (!(flags & VRING_DESC_F_NEXT)) {
-			/* The id is valid in the last descriptor (2.8.6). */
-			if (unlikely(check_id(vq, raw_third(d)) ||
-				     chain_out(vq, c, &w, raw_third(d), (uint32_t)(w.at - c->fixed)) < 0))
-				return -1;
-			*at = (struct packed_place){ pos, want };
-			return 1;
-		}
-		flags = READ_ONCE(desc[pos].flags);
-		if (unlikely((flags & AVAIL_USED) != want))
-			return goes_nowhere(vq, raw_third(d), (uint32_t)(w.at - c->fixed), pos);
+	d = fetch_desc(&vq->packed.desc[at.pos]);
+	rc = take_run(vq, &w, &at, &d, &flags, 0);
+	chain_readable(c, &w);
+	if (!rc)
+		rc = take_run(vq, &w, &at, &d, &flags, VRING_DESC_F_WRITE);
+	if (unlikely(rc <= 0)) {
+		if (!rc)
+			rc = walk_on(vq, c, w.n, w.len, d, flags, (uint16_t)at.pos,
+				     at.want == available_flags(true));
+		if (rc > 0)
+			*next = packed_place(vq);
+		return rc;
 	}
-	rc = walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, d, flags, (uint16_t)pos,
-		     want == available_flags(true));
-	if (rc > 0)
-		*at = packed_place(vq);
-	return rc;
+	/* The id is valid in the last descriptor (2.8.6). */
+	if (unlikely(check_id(vq, raw_third(d)) || chain_out(vq, c, &w, raw_third(d), w.n) < 0))
+		return -1;
+	*next = at;
+	return 1;
 }
 
 /* A chain as the in-flight region has it: its slots may have been written over. It may lie as that of a
@@ -183,6 +200,7 @@ static int packed_take_saved(struct virtqueue *vq, struct vhost_chain *c, uint16
 	uint32_t n = in->link[at].num;
 	struct chain_walk w = chain_begin(vq, c);
 
+	chain_readable(c, &w);
 	for (uint32_t i = 1;; i++, at = in->link[at].next) {
 		const struct inflight_packed_desc *e = &in->packed->desc[at];
 		struct raw_desc d = { READ_ONCE(e->addr),
@@ -192,8 +210,9 @@ static int packed_take_saved(struct virtqueue *vq, struct vhost_chain *c, uint16
 		if (unlikely(!(flags & VRING_DESC_F_NEXT) != (i == n)))
 			return vq_fault(vq, VQ_INFLIGHT_CHAIN, raw_third(d), i, n);
 		if (flags & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, n, d, flags, vq->last_avail, vq->avail_wrap);
-		if (unlikely(chain_add(vq, c, &w, raw_third(d), d.addr, raw_len(d), flags)))
+			return take_table(vq, c, w.n, w.len, n, d, flags, vq->last_avail,
+					  vq->avail_wrap);
+		if (unlikely(chain_add(vq, c, &w, raw_third(d), d, flags)))
 			return -1;
 		if (i == n)
 			return take_whole(vq, c, &w, raw_third(d), n, vq->last_avail, vq->avail_wrap);

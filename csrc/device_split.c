@@ -59,54 +59,96 @@ static inline int split_available(struct virtqueue *vq)
 	return ahead;
 }
 
-/* 2.7.5.3: the descriptors of a table are linked like the ring's. 2.7.5.3.2: it may come after direct
- * ones, but ends the chain. 1 or -1, as split_take. */
-static int take_table(struct virtqueue *vq, struct vhost_chain *c, struct chain_walk w, uint16_t head,
+/*
+ * Takes descriptors from *d on for as long as they are buffers of this kind (0 or VRING_DESC_F_WRITE) and as
+ * most are. 1: that was the whole chain; 0: *d is another; -1: broken. They are linked within `desc`, which is
+ * the ring's or an indirect one (2.7.5.3), of `num` descriptors.
+ */
+static inline __attribute__((always_inline)) int take_run(struct virtqueue *vq, struct chain_walk *w,
+							  const struct vring_desc *desc, uint32_t num,
+							  uint16_t head, struct raw_desc *d, uint32_t kind)
+{
+	const struct guest_memory *mem = vq->mem;
+
+	while ((raw_third(*d) & (VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE)) == kind &&
+	       likely(chain_place(mem, w, *d))) {
+		if (!(raw_third(*d) & VRING_DESC_F_NEXT))
+			return 1;
+		if (unlikely(raw_fourth(*d) >= num))
+			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(*d), num);
+		*d = ring_desc(fetch_desc(&desc[raw_fourth(*d)]));
+	}
+	return 0;
+}
+
+/* Most chains are this: readable buffers, then writable ones. */
+static inline __attribute__((always_inline)) int take_runs(struct virtqueue *vq, struct vhost_chain *c,
+							   struct chain_walk *w,
+							   const struct vring_desc *desc, uint32_t num,
+							   uint16_t head, struct raw_desc *d)
+{
+	int rc = take_run(vq, w, desc, num, head, d, 0);
+
+	chain_readable(c, w);
+	return rc ? rc : take_run(vq, w, desc, num, head, d, VRING_DESC_F_WRITE);
+}
+
+/* A table comes after n direct buffers, mostly none, and ends the chain (2.7.5.3.2). 1 or -1, as split_take. */
+static int take_table(struct virtqueue *vq, struct vhost_chain *c, uint32_t n, uint64_t len, uint16_t head,
 		      uint32_t ndesc, struct raw_desc indirect)
 {
+	struct chain_walk w = chain_resume(vq, c, n, len);
 	uint32_t entries = 0, i = 0, limit = chain_table_limit(vq);
 	struct desc_table table;
+	struct raw_desc d;
 
 	if (chain_check_indirect(vq, head, raw_len(indirect), raw_third(indirect), &entries))
 		return -1;
 	table = desc_table(vq->mem, indirect.addr, raw_len(indirect));
-	for (uint32_t seen = 1;; seen++) {
-		struct raw_desc d;
+	if (likely(table.host && !n)) {
+		int rc;
 
-		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
-			return chain_no_access(vq, head, table.addr + (uint64_t)i * sizeof(d),
-					       sizeof(d), 0);
+		d = ring_desc(fetch_desc(table.host));
+		rc = take_runs(vq, c, &w, (const struct vring_desc *)table.host, entries, head, &d);
+		if (likely(rc))
+			return rc < 0 ? rc : chain_out(vq, c, &w, head, ndesc);
+	} else if (likely(fetch_table_desc(vq, &table, 0, &d))) {
 		d = ring_desc(d);
+	} else {
+		return chain_no_access(vq, head, table.addr, sizeof(d), 0);
+	}
+	for (uint32_t seen = w.n - n + 1;; seen++) {
 		if (unlikely(raw_third(d) & VRING_DESC_F_INDIRECT))
 			return vq_fault(vq, VQ_INDIRECT_NESTED, head, raw_third(d), 0);
-		if (unlikely(chain_add(vq, c, &w, head, d.addr, raw_len(d), raw_third(d))))
+		if (unlikely(chain_add(vq, c, &w, head, d, raw_third(d))))
 			return -1;
 		if (!(raw_third(d) & VRING_DESC_F_NEXT))
-			break;
+			return chain_out(vq, c, &w, head, ndesc);
 		i = raw_fourth(d);
 		if (unlikely(i >= entries))
 			return vq_fault(vq, VQ_NEXT_RANGE, head, i, entries);
 		if (unlikely(seen == limit))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, seen + 1, limit + 1);
+		if (unlikely(!fetch_table_desc(vq, &table, i, &d)))
+			return chain_no_access(vq, head, table.addr + (uint64_t)i * sizeof(d), sizeof(d), 0);
+		d = ring_desc(d);
 	}
-	return chain_out(vq, c, &w, head, ndesc);
 }
 
 /* Goes on with a chain of n buffers so far at the next descriptor, one that not every chain has. 1 or -1.
  * (No chain_walk as an argument: the caller would have to keep his in memory for it.) */
 static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_chain *c, uint32_t n,
-					     uint64_t len, uint32_t kind, uint16_t head,
-					     struct raw_desc d)
+					     uint64_t len, uint16_t head, struct raw_desc d)
 {
-	struct chain_walk w = chain_resume(vq, c, n, len, kind);
+	struct chain_walk w = chain_resume(vq, c, n, len);
 	uint32_t ndesc = n + 1;
 
 	for (;; ndesc++) {
 		if (unlikely(ndesc > vq->num))
 			return vq_fault(vq, VQ_CHAIN_TOO_LONG, head, ndesc, vq->num + 1);
 		if (raw_third(d) & VRING_DESC_F_INDIRECT)
-			return take_table(vq, c, w, head, ndesc, d);
-		if (unlikely(chain_add(vq, c, &w, head, d.addr, raw_len(d), raw_third(d))))
+			return take_table(vq, c, w.n, w.len, head, ndesc, d);
+		if (unlikely(chain_add(vq, c, &w, head, d, raw_third(d))))
 			return -1;
 		if (!(raw_third(d) & VRING_DESC_F_NEXT))
 			return chain_out(vq, c, &w, head, ndesc);
@@ -120,27 +162,19 @@ static __attribute__((noinline)) int walk_on(struct virtqueue *vq, struct vhost_
 static inline __attribute__((always_inline)) int split_take(struct virtqueue *vq, struct vhost_chain *c,
 							    uint16_t head)
 {
-	const struct vring_desc *desc = vq->split.desc;
-	const struct guest_memory *mem = vq->mem;
 	struct chain_walk w = chain_begin(vq, c);
-	uint32_t num = vq->num;
 	struct raw_desc d;
+	int rc;
 
-	if (unlikely(head >= num))
-		return vq_fault(vq, VQ_HEAD_RANGE, head, head, num);
+	if (unlikely(head >= vq->num))
+		return vq_fault(vq, VQ_HEAD_RANGE, head, head, vq->num);
 	if (unlikely(vq->slots[head].ndesc))
 		return vq_fault(vq, VQ_HEAD_BUSY, head, head, 0);
-	d = ring_desc(fetch_desc(&desc[head]));
-	/* A loop ends where c->fixed does. */
-	while (likely(!(raw_third(d) & VRING_DESC_F_INDIRECT)) &&
-	       likely(chain_add_simple(mem, c, &w, d.addr, raw_len(d), raw_third(d)))) {
-		if (!(raw_third(d) & VRING_DESC_F_NEXT))
-			return chain_out(vq, c, &w, head, (uint32_t)(w.at - c->fixed));
-		if (unlikely(raw_fourth(d) >= num))
-			return vq_fault(vq, VQ_NEXT_RANGE, head, raw_fourth(d), num);
-		d = ring_desc(fetch_desc(&desc[raw_fourth(d)]));
-	}
-	return walk_on(vq, c, (uint32_t)(w.at - c->fixed), w.len, w.kind, head, d);
+	d = ring_desc(fetch_desc(&vq->split.desc[head]));
+	rc = take_runs(vq, c, &w, vq->split.desc, vq->num, head, &d);
+	if (likely(rc > 0))
+		return chain_out(vq, c, &w, head, w.n);
+	return rc ? rc : walk_on(vq, c, w.n, w.len, head, d);
 }
 
 static inline uint16_t next_head(const struct virtqueue *vq, uint16_t at)
