@@ -2,6 +2,8 @@
 """What pyproject.toml cannot say: the C core, and the extension modules over it."""
 
 import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -37,15 +39,44 @@ CORE = [
     "csrc/engine.c",
     "csrc/engine_worker.c",
 ]
+BLK = [
+    "csrc/engine_blk.c",
+    "csrc/blk_request.c",
+    "csrc/blk_disk.c",
+    "csrc/blk_merge.c",
+    "csrc/blk_pool.c",
+    "csrc/blk_uring.c",
+]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
 class BuildExt(build_ext):
-    """`setup.py build_ext` alone, too, builds the C core that the extensions are linked to."""
+    """`setup.py build_ext` alone, too, builds the C core that the extensions are linked to. And liburing is
+    linked in where it is installed, rather its archive than its shared object, which not every machine has that
+    gets a wheel; without it, threads do its work."""
 
     def run(self) -> None:
         self.run_command("build_clib")
         super().run()
+
+    def build_extensions(self) -> None:
+        words = self.liburing()
+        for one in self.extensions:
+            if one.name == "vhost.devices._blk_engine" and words:
+                one.define_macros.append(("VHOST_LIBURING", "1"))
+                one.extra_link_args += words
+        super().build_extensions()
+
+    def liburing(self) -> list[str]:
+        """The linker's words for it; none where it cannot be linked."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.c"
+            source.write_text("#include <liburing.h>\nint probe(void) { return io_uring_queue_init(1, 0, 0); }\n")
+            for words in (["-l:liburing.a"], ["-luring"]):
+                command = [*self.compiler.linker_so, "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
+                if not subprocess.run([*command, *words], capture_output=True).returncode:
+                    return words
+        return []
 
 
 def extension(name: str, *sources: str) -> Extension:
@@ -88,7 +119,7 @@ setup(
             extension("vhost.kernel._ioctl"),
             extension("vhost.kernel._vduse"),
             extension("vhost.devices._engine"),
-            extension("vhost.devices._blk_engine", "csrc/engine_blk.c", "csrc/blk_request.c"),
+            extension("vhost.devices._blk_engine", *BLK),
             extension("vhost.drivers._net_queue", "csrc/driver_net.c", "csrc/driver_net_pump.c"),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},

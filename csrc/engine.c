@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /* Hands queues to workers and takes them back: what an engine's owner calls, from threads of his own. */
-#define _GNU_SOURCE /* pthread_setname_np, sched_getaffinity */
+#define _GNU_SOURCE /* sched_getaffinity, pthread_setname_np */
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "engine_thread.h"
 #include "eventfd.h"
 
 static void wake(struct engine_worker *w)
@@ -21,30 +22,10 @@ static void wake(struct engine_worker *w)
 	eventfd_signal(w->wake);
 }
 
-/* 0 or a positive errno. */
-static int create_thread(struct engine_worker *w)
-{
-	pthread_attr_t attr;
-	cpu_set_t set;
-	int rc = pthread_attr_init(&attr);
-
-	if (rc)
-		return rc;
-	if (w->cpu >= 0) {
-		CPU_ZERO(&set);
-		CPU_SET(w->cpu, &set);
-		rc = pthread_attr_setaffinity_np(&attr, sizeof(set), &set);
-	}
-	if (!rc)
-		rc = pthread_create(&w->thread, &attr, engine_worker_main, w);
-	pthread_attr_destroy(&attr);
-	return rc;
-}
-
-static int start_thread(struct engine_worker *w)
+int engine_thread_start(pthread_t *thread, const pthread_attr_t *attr, const char *name,
+			void *(*main)(void *), void *arg)
 {
 	sigset_t all, old;
-	char name[16];
 	int rc;
 
 	/* The program's signals are for its own threads. Those that a fault raises stay deliverable. */
@@ -54,15 +35,34 @@ static int start_thread(struct engine_worker *w)
 	sigdelset(&all, SIGILL);
 	sigdelset(&all, SIGFPE);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rc = create_thread(w);
+	rc = pthread_create(thread, attr, main, arg);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (!rc)
+		pthread_setname_np(*thread, name);
+	return rc;
+}
+
+static int start_thread(struct engine_worker *w)
+{
+	pthread_attr_t attr;
+	cpu_set_t set;
+	char name[16];
+	int rc = pthread_attr_init(&attr);
+
 	if (rc)
 		return -rc;
-	w->running = true;
+	if (w->cpu >= 0) {
+		CPU_ZERO(&set);
+		CPU_SET(w->cpu, &set);
+		rc = pthread_attr_setaffinity_np(&attr, sizeof(set), &set);
+	}
 	snprintf(name, sizeof(name), "%s/%u", w->engine->name,
 		 (unsigned)(w - w->engine->workers) % 10000);
-	pthread_setname_np(w->thread, name);
-	return 0;
+	if (!rc)
+		rc = engine_thread_start(&w->thread, &attr, name, engine_worker_main, w);
+	pthread_attr_destroy(&attr);
+	w->running = !rc;
+	return -rc;
 }
 
 static int dup_fd(int fd, int *to)

@@ -287,11 +287,21 @@ cdef extern from "virtqueue_log.h" nogil:
 
 cdef extern from "blk_request.h" nogil:
     enum:
-        BLK_ID_BYTES
         BLK_RANGES_MAX
+
+
+cdef extern from "blk_disk.h" nogil:
+    enum:
+        BLK_ID_BYTES
+
+    enum blk_pace:
+        BLK_WAITS
+        BLK_CACHED
+        BLK_MEMORY
 
     struct blk_disk:
         int fd
+        blk_pace pace
         bint read_only
         bint block_device
         uint64_t capacity
@@ -301,6 +311,7 @@ cdef extern from "blk_request.h" nogil:
         uint32_t max_write_zeroes_seg
         char *serial
 
+    blk_pace blk_disk_pace(int)
     int blk_disk_discard(const blk_disk *, uint64_t, uint64_t)
     int blk_disk_zero(const blk_disk *, uint64_t, uint64_t, bint)
 
@@ -331,14 +342,31 @@ cdef extern from "engine.h" nogil:
     void engine_release(engine_queue *, bint)
 
 
+cdef extern from "blk_pool.h" nogil:
+    struct blk_pool:
+        pass
+
+    void blk_pool_init(blk_pool *, const char *)
+    void blk_pool_destroy(blk_pool *)
+
+
+cdef extern from "blk_uring.h" nogil:
+    int blk_uring_probe()
+
+
 cdef extern from "engine_blk.h" nogil:
+    enum blk_aio:
+        BLK_AIO_SYNC
+        BLK_AIO_THREADS
+        BLK_AIO_URING
+
     struct blk_queue:
         engine_queue engine
-        const blk_disk *disk
-        bint writethrough
+        int wake
 
     const engine_ops blk_engine_ops
-    int blk_queue_drain(virtqueue *, const blk_disk *, bint, unsigned int)
+    int blk_queue_init(blk_queue *, const blk_disk *, blk_aio, blk_pool *, bint)
+    void blk_queue_destroy(blk_queue *)
 
 
 cdef extern from "driver_net.h" nogil:

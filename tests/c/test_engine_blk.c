@@ -62,6 +62,7 @@ struct world {
 	uint8_t *host;
 	size_t size;
 	struct blk_disk disk;
+	struct blk_pool pool;
 	struct engine engine;
 	struct lane lanes[QUEUES];
 };
@@ -69,7 +70,8 @@ struct world {
 #define AREA 8192u
 #define LANE (3 * AREA + ((DEPTH * SLOT + 4095u) & ~4095u))
 
-static void world_init_behind(struct world *w, bool iommu, bool packed, bool event_idx, unsigned workers)
+static void world_init_behind(struct world *w, bool iommu, bool packed, bool event_idx, unsigned workers,
+			      enum blk_aio aio)
 {
 	struct guest_region region;
 	uint32_t bad;
@@ -87,6 +89,9 @@ static void world_init_behind(struct world *w, bool iommu, bool packed, bool eve
 	CHECK(w->disk.fd >= 0);
 	w->disk.capacity = QUEUES * DEPTH * BLOCK / 512;
 	CHECK_EQ(ftruncate(w->disk.fd, w->disk.capacity * 512), 0);
+	/* Nothing is done at once, so that all of it goes the long way, where there is one. */
+	w->disk.pace = BLK_WAITS;
+	blk_pool_init(&w->pool, "engine");
 	CHECK_EQ(engine_init(&w->engine, workers, "engine", &no_repairs, NULL), 0);
 	for (unsigned i = 0; i < QUEUES; i++) {
 		struct lane *l = &w->lanes[i];
@@ -111,12 +116,13 @@ static void world_init_behind(struct world *w, bool iommu, bool packed, bool eve
 		CHECK(l->kick >= 0 && l->call >= 0);
 		CHECK_EQ(driver_queue_init(&l->dq, &driver), 0);
 		CHECK_EQ(virtqueue_init(&l->vq, &device), 0);
+		CHECK_EQ(blk_queue_init(&l->bq, &w->disk, aio, &w->pool, false), 0);
 	}
 }
 
-static void world_init(struct world *w, bool packed, bool event_idx, unsigned workers)
+static void world_init(struct world *w, bool packed, bool event_idx, unsigned workers, enum blk_aio aio)
 {
-	world_init_behind(w, false, packed, event_idx, workers);
+	world_init_behind(w, false, packed, event_idx, workers, aio);
 }
 
 static void world_destroy(struct world *w)
@@ -124,11 +130,13 @@ static void world_destroy(struct world *w)
 	for (unsigned i = 0; i < QUEUES; i++) {
 		struct lane *l = &w->lanes[i];
 
+		blk_queue_destroy(&l->bq);
 		driver_queue_destroy(&l->dq);
 		virtqueue_destroy(&l->vq);
 		close(l->kick);
 		close(l->call);
 	}
+	blk_pool_destroy(&w->pool);
 	engine_destroy(&w->engine);
 	if (w->iommu)
 		iotlb_destroy(&w->tlb);
@@ -140,9 +148,8 @@ static void world_destroy(struct world *w)
 static void attach_with(struct world *w, unsigned i, int kick)
 {
 	struct lane *l = &w->lanes[i];
-	struct engine_queue_config cfg = { &l->vq, &blk_engine_ops, kick, -1, { .fd = l->call } };
+	struct engine_queue_config cfg = { &l->vq, &blk_engine_ops, kick, l->bq.wake, { .fd = l->call } };
 
-	l->bq.disk = &w->disk;
 	CHECK_EQ(engine_attach(&w->engine, i % w->engine.nworkers, &l->bq.engine, &cfg), 0);
 }
 
@@ -301,11 +308,16 @@ static void join_drivers(struct world *w, unsigned n)
 static const struct {
 	bool packed, event_idx;
 	unsigned workers;
+	enum blk_aio aio;
 	const char *name;
 } setups[] = {
-	{ false, false, 1, "split, 1 worker" },	 { false, true, 1, "split, event_idx, 1 worker" },
-	{ false, true, 3, "split, 3 workers" },	 { true, false, 1, "packed, 1 worker" },
-	{ true, true, 1, "packed, event_idx" },	 { true, false, 2, "packed, 2 workers" },
+	{ false, false, 1, BLK_AIO_SYNC, "split, 1 worker" },
+	{ false, true, 1, BLK_AIO_URING, "split, event_idx, 1 worker, io_uring" },
+	{ false, true, 3, BLK_AIO_SYNC, "split, event_idx, 3 workers" },
+	{ false, false, 2, BLK_AIO_THREADS, "split, 2 workers, threads" },
+	{ true, false, 1, BLK_AIO_URING, "packed, 1 worker, io_uring" },
+	{ true, true, 1, BLK_AIO_THREADS, "packed, event_idx, 1 worker, threads" },
+	{ true, true, 2, BLK_AIO_SYNC, "packed, event_idx, 2 workers" },
 };
 
 #define FOR_EACH_SETUP(s)                                                                          \
@@ -317,7 +329,8 @@ static void test_several_queues(void)
 	struct world w;
 
 	FOR_EACH_SETUP(s) {
-		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers,
+			   setups[s].aio);
 		for (unsigned i = 0; i < QUEUES; i++)
 			attach(&w, i);
 		start_drivers(&w, QUEUES);
@@ -337,7 +350,7 @@ static void test_spinning_and_sleeping(void)
 	struct world w;
 
 	FOR_EACH_SETUP(s) {
-		world_init(&w, setups[s].packed, setups[s].event_idx, 1);
+		world_init(&w, setups[s].packed, setups[s].event_idx, 1, setups[s].aio);
 		w.lanes[0].depth = 1;
 		w.lanes[0].pauses = 1;
 		attach(&w, 0);
@@ -357,7 +370,8 @@ static void test_taken_away_under_load(void)
 	unsigned i;
 
 	FOR_EACH_SETUP(s) {
-		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		world_init(&w, setups[s].packed, setups[s].event_idx, setups[s].workers,
+			   setups[s].aio);
 		memset(there, 0, sizeof(there));
 		start_drivers(&w, QUEUES);
 		for (unsigned n = 0; n < HANDOVERS; n++) {
@@ -385,7 +399,7 @@ static void test_attached_at_once(void)
 	unsigned fds;
 
 	check_context = "";
-	world_init(&w, false, true, 1);
+	world_init(&w, false, true, 1, BLK_AIO_URING);
 	fds = open_fds();
 	for (unsigned n = 0; n < HANDOVERS; n++) {
 		for (unsigned i = 0; i < QUEUES; i++)
@@ -402,7 +416,7 @@ static void test_without_a_kick(void)
 {
 	struct world w;
 
-	world_init(&w, true, true, 1);
+	world_init(&w, true, true, 1, BLK_AIO_URING);
 	attach_with(&w, 0, -1);
 	attach(&w, 1);
 	start_drivers(&w, 2);
@@ -418,9 +432,8 @@ static void test_refused(void)
 	struct engine_queue_config cfg;
 	unsigned fds;
 
-	world_init(&w, false, false, 1);
+	world_init(&w, false, false, 1, BLK_AIO_URING);
 	cfg = (struct engine_queue_config){ &w.lanes[0].vq, &blk_engine_ops, w.disk.fd, -1, { .fd = -1 } };
-	w.lanes[0].bq.disk = &w.disk;
 	fds = open_fds();
 	CHECK_EQ(engine_attach(&w.engine, 0, &w.lanes[0].bq.engine, &cfg), -EPERM);
 	CHECK_EQ(open_fds(), fds);
@@ -443,7 +456,7 @@ static void test_broken(void)
 	struct virtqueue_buf buf;
 	struct pollfd p;
 
-	world_init(&w, false, true, 1);
+	world_init(&w, false, true, 1, BLK_AIO_URING);
 	attach(&w, 0);
 	attach(&w, 1);
 	start_drivers(&w, 1);
@@ -481,7 +494,7 @@ static void test_a_fork(void)
 	pid_t child;
 	int status;
 
-	world_init(&w, false, false, 1);
+	world_init(&w, false, false, 1, BLK_AIO_URING);
 	attach(&w, 0);
 	engine_hold(&w.lanes[0].bq.engine);
 	ring(w.lanes[0].kick); /* so that it wakes up, and finds itself held */
@@ -568,7 +581,8 @@ static void test_misses(void)
 		pthread_t waiter;
 		unsigned mapped = 0;
 
-		world_init_behind(&w, true, setups[s].packed, setups[s].event_idx, setups[s].workers);
+		world_init_behind(&w, true, setups[s].packed, setups[s].event_idx, setups[s].workers,
+			   setups[s].aio);
 		for (unsigned i = 0; i < QUEUES; i++)
 			attach(&w, i);
 		start_drivers(&w, QUEUES);

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+from vhost.devices._blk_engine import probe_io_uring
 from vhost.devices.blk import Blk
 from vhost.errors import QueueBroken
 from vhost.features import BlkF
@@ -23,11 +26,22 @@ from vhost.user.server import Server
 from vhost.virtio_blk import HEADER
 from vhost.virtqueue import DeviceQueue, DriverQueue
 
-HANDLERS = ("c", "python")
+HANDLERS = ("sync", "threads", "io_uring", "python")
 BASE = 1 << 33
 REGION = 1 << 16
 SEGMENT = struct.Struct("<QII")
 Bufs = Sequence[tuple[int, int]]
+
+
+def how(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do."""
+    if name == "python":
+        return {"handler": name}
+    if name == "io_uring" and (why := probe_io_uring()):
+        pytest.skip(f"io_uring: {os.strerror(why)}")
+    if name != "sync":
+        monkeypatch.setattr(Blk, "_pace", "waits")
+    return {"aio": name}
 
 
 class Ring:

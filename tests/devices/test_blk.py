@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import fds
-from devices.disks import HANDLERS, Ring, pattern, ring, serving, wait_for
+from devices.disks import HANDLERS, Ring, how, pattern, ring, serving, wait_for
 from devices.load import Load
 from rig import Rig
 from vhost.devices._blk_engine import MAX_RANGES
@@ -42,8 +42,8 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=HANDLERS)
-def handler(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    return how(request.param, monkeypatch)
 
 
 class Session:
@@ -150,9 +150,9 @@ def test_bad_arguments(image: Path, tmp_path: Path, no_leaks: None) -> None:
         Blk(tmp_path / "fifo")
 
 
-def test_writethrough_without_flush(image: Path, handler: str) -> None:
+def test_writethrough_without_flush(image: Path, handler: dict[str, str]) -> None:
     """A driver that cannot flush finds writes on stable storage: such a file was synced."""
-    with ring(Blk(image, handler=handler)) as disk:
+    with ring(Blk(image, **handler)) as disk:
         assert disk.device.writethrough is False
         disk.device.negotiated = 0
         assert disk.device.writethrough is True
@@ -173,8 +173,8 @@ def wait_for_news(frontend: Frontend, news: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "null", "from outside"])
-def test_resize(image: Path, tmp_path: Path, handler: str, kind: str, no_leaks: None) -> None:
-    device = Blk(null_size=SIZE, handler=handler) if kind == "null" else Blk(image, handler=handler)
+def test_resize(image: Path, tmp_path: Path, handler: dict[str, str], kind: str, no_leaks: None) -> None:
+    device = Blk(null_size=SIZE, **handler) if kind == "null" else Blk(image, **handler)
     with (
         serving(device, tmp_path / "s") as server,
         server.connect() as frontend,
@@ -277,10 +277,10 @@ def test_who_may_share_a_file(
 
 @pytest.mark.parametrize("how", [{"share": True}, {"read_only": True}])
 def test_sessions_that_share_one_device(
-    image: Path, tmp_path: Path, handler: str, how: dict[str, bool], no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], how: dict[str, bool], no_leaks: None
 ) -> None:
     with (
-        serving(Blk(image, handler=handler, **how), tmp_path / "s") as server,
+        serving(Blk(image, **handler, **how), tmp_path / "s") as server,
         server.connect() as a,
         server.connect() as b,
         BlkDriver(a) as first,
@@ -325,9 +325,9 @@ def restart(frontend: Frontend, disk: BlkDriver, index: int) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("in_order", [False, True], ids=["", "in_order"])
 def test_queues_stop_and_start_under_load(
-    image: Path, tmp_path: Path, handler: str, packed: bool, threads: int, in_order: bool, no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, threads: int, in_order: bool, no_leaks: None
 ) -> None:
-    device = Blk(image, handler=handler, num_queues=3, threads=threads)
+    device = Blk(image, **handler, num_queues=3, threads=threads)
     without = 0 if in_order else int(VirtioF.IN_ORDER)
     with (
         serving(device, tmp_path / "s") as server,
@@ -351,12 +351,12 @@ def test_queues_stop_and_start_under_load(
 @pytest.mark.parametrize("slots", [False, True], ids=["table", "slots"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_memory_is_replaced_under_load(
-    image: Path, tmp_path: Path, handler: str, packed: bool, slots: bool, no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, slots: bool, no_leaks: None
 ) -> None:
     wanted = WANTED if slots else WANTED & ~ProtocolF.CONFIGURE_MEM_SLOTS
     extra = Region.allocate(1 << 20, guest_addr=1 << 40)
     with (
-        serving(Blk(image, handler=handler, num_queues=2), tmp_path / "s") as server,
+        serving(Blk(image, **handler, num_queues=2), tmp_path / "s") as server,
         server.connect(protocol_features=int(wanted)) as frontend,
         BlkDriver(frontend, num_queues=2, packed=packed, depth=24) as disk,
     ):
@@ -371,10 +371,10 @@ def test_memory_is_replaced_under_load(
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_eventfds_are_replaced_under_load(
-    image: Path, tmp_path: Path, handler: str, packed: bool, no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, no_leaks: None
 ) -> None:
     with (
-        serving(Blk(image, handler=handler), tmp_path / "s") as server,
+        serving(Blk(image, **handler), tmp_path / "s") as server,
         server.connect() as frontend,
         BlkDriver(frontend, packed=packed, depth=24) as disk,
     ):
@@ -391,8 +391,8 @@ def test_eventfds_are_replaced_under_load(
         load.check(image)
 
 
-def test_a_reset_with_requests_in_flight(image: Path, tmp_path: Path, handler: str, no_leaks: None) -> None:
-    with serving(Blk(image, handler=handler), tmp_path / "s") as server, server.connect() as frontend:
+def test_a_reset_with_requests_in_flight(image: Path, tmp_path: Path, handler: dict[str, str], no_leaks: None) -> None:
+    with serving(Blk(image, **handler), tmp_path / "s") as server, server.connect() as frontend:
         for turn in range(20):
             with BlkDriver(frontend, packed=bool(turn % 2)) as disk:
                 load = Load(disk, seed=turn)
@@ -406,9 +406,9 @@ def test_a_reset_with_requests_in_flight(image: Path, tmp_path: Path, handler: s
 
 
 def test_a_session_dies_with_requests_in_flight(
-    image: Path, tmp_path: Path, handler: str, no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], no_leaks: None
 ) -> None:
-    with serving(Blk(image, handler=handler, num_queues=2), tmp_path / "s") as server:
+    with serving(Blk(image, **handler, num_queues=2), tmp_path / "s") as server:
         for turn in range(20):
             frontend = server.connect()
             disk = BlkDriver(frontend, num_queues=2, packed=bool(turn % 2))
@@ -544,10 +544,10 @@ def test_an_idle_engine_sleeps(image: Path, tmp_path: Path, no_leaks: None) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_without_kicks(image: Path, tmp_path: Path, handler: str, packed: bool, no_leaks: None) -> None:
+def test_without_kicks(image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, no_leaks: None) -> None:
     """SET_VRING_KICK without a descriptor: the device looks by itself."""
     with (
-        serving(Blk(image, handler=handler), tmp_path / "s") as server,
+        serving(Blk(image, **handler), tmp_path / "s") as server,
         server.connect() as frontend,
         BlkDriver(frontend, packed=packed) as disk,
     ):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.disks import BASE, HANDLERS, REGION, Ring, header, pattern, ring, segments, serving, wait_for
+from devices.disks import BASE, HANDLERS, REGION, Ring, header, how, pattern, ring, segments, serving, wait_for
 from vhost.devices._blk_engine import MAX_RANGES
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
@@ -26,8 +26,8 @@ CONTENT = pattern(SIZE)
 
 
 @pytest.fixture(params=HANDLERS)
-def handler(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    return how(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["split", "packed"])
-def disk(request: pytest.FixtureRequest, image: Path, handler: str, no_leaks: None) -> Iterator[Ring]:
+def disk(request: pytest.FixtureRequest, image: Path, handler: dict[str, str], no_leaks: None) -> Iterator[Ring]:
     """After every test here the ring still serves, and the file has its size."""
-    device = Blk(image, handler=handler, serial="0123456789abcdefghij")
+    device = Blk(image, **handler, serial="0123456789abcdefghij")
     with ring(device, packed=request.param == "packed") as one:
         yield one
         if one.queue.broken is None:
@@ -312,17 +312,16 @@ def test_most_segments(disk: Ring, image: Path) -> None:
         assert got[i * 1024 + 512 : i * 1024 + 1024] == CONTENT[i * 1024 + 512 : i * 1024 + 1024]
 
 
-@pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize(
     ("kind", "most"),
     [(BlkType.DISCARD, MAX_DISCARD_SECTORS), (BlkType.WRITE_ZEROES, MAX_ZEROES_SECTORS)],
 )
-def test_longest_segment(tmp_path: Path, handler: str, kind: int, most: int) -> None:
+def test_longest_segment(tmp_path: Path, handler: dict[str, str], kind: int, most: int) -> None:
     """The limit is below the capacity here, so that nothing else refuses what is beyond it."""
     big = tmp_path / "big"
     big.write_bytes(CONTENT)
     os.truncate(big, (most + 8) * 512)
-    with ring(Blk(big, handler=handler)) as disk:
+    with ring(Blk(big, **handler)) as disk:
         assert disk.request(kind, 0, data=segments((0, most + 1, 0)))[:2] == (IOERR, 1)
         assert disk.request(kind, 0, data=segments((0, 1, 0), (0, 0xFFFFFFFF, 0)))[:2] == (IOERR, 1)
         assert disk.request(BlkType.IN, 0, room=SIZE // 2)[2] == CONTENT[: SIZE // 2]
@@ -344,9 +343,9 @@ def test_segments_split_over_descriptors_and_regions(disk: Ring, image: Path) ->
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_read_only(image: Path, handler: str, packed: bool, no_leaks: None) -> None:
+def test_read_only(image: Path, handler: dict[str, str], packed: bool, no_leaks: None) -> None:
     image.chmod(0o444)
-    with ring(Blk(image, read_only=True, handler=handler), packed=packed) as disk:
+    with ring(Blk(image, read_only=True, **handler), packed=packed) as disk:
         assert disk.request(BlkType.OUT, 0, data=b"x" * 512)[:2] == (IOERR, 1)
         assert disk.request(BlkType.OUT, 0)[:2] == (IOERR, 1)
         for kind in RANGES:
@@ -360,8 +359,8 @@ def test_read_only(image: Path, handler: str, packed: bool, no_leaks: None) -> N
 # -- the null device -------------------------------------------------------------------------------
 
 
-def test_null_device(handler: str, no_leaks: None) -> None:
-    with ring(Blk(null_size=SIZE, handler=handler)) as disk:
+def test_null_device(handler: dict[str, str], no_leaks: None) -> None:
+    with ring(Blk(null_size=SIZE, **handler)) as disk:
         at = disk.free + 4096
         disk.memory.write(at, b"as it was")
         assert disk.request(BlkType.IN, 0, room=512) == (OK, 513, b"as it was".ljust(512, b"\0"))
@@ -391,9 +390,9 @@ MALFORMED: dict[str, Shape] = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("packed", [False, True])
-def test_malformed(image: Path, handler: str, packed: bool, name: str, no_leaks: None) -> None:
+def test_malformed(image: Path, handler: dict[str, str], packed: bool, name: str, no_leaks: None) -> None:
     """The ring breaks, says why, and signals err once; what came before is answered, nothing after is."""
-    with ring(Blk(image, handler=handler), packed=packed) as disk:
+    with ring(Blk(image, **handler), packed=packed) as disk:
         assert disk.request(BlkType.IN, 0, room=512)[0] == OK
         disk.memory.write(disk.free, header(BlkType.OUT, 0))
         readable, writable = ([(disk.free + at, size) for at, size in part] for part in MALFORMED[name])
@@ -410,8 +409,8 @@ def test_malformed(image: Path, handler: str, packed: bool, name: str, no_leaks:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_malformed_in_a_batch(image: Path, handler: str, packed: bool, no_leaks: None) -> None:
-    with ring(Blk(image, handler=handler), packed=packed) as disk:
+def test_malformed_in_a_batch(image: Path, handler: dict[str, str], packed: bool, no_leaks: None) -> None:
+    with ring(Blk(image, **handler), packed=packed) as disk:
         disk.memory.write(disk.free, header(BlkType.IN, 1))
         data = disk.free + 4096
         good = ([(disk.free, 16)], [(data, 512), (disk.free + 64, 1)])
@@ -435,14 +434,14 @@ def test_both_handlers_say_the_same(image: Path) -> None:
     reasons: dict[str, set[str]] = {}
     for handler in HANDLERS:
         for name, (readable, writable) in MALFORMED.items():
-            with ring(Blk(image, handler=handler)) as disk:
+            with ring(Blk(image, **handler)) as disk:
                 disk.send(*([(disk.free + at, size) for at, size in part] for part in (readable, writable)))
                 reasons.setdefault(name, set()).add(disk.wait_broken())
     assert all(len(found) == 1 for found in reasons.values()), reasons
 
 
 def test_malformed_under_a_server(
-    image: Path, tmp_path: Path, handler: str, caplog: pytest.LogCaptureFixture, no_leaks: None
+    image: Path, tmp_path: Path, handler: dict[str, str], caplog: pytest.LogCaptureFixture, no_leaks: None
 ) -> None:
     """That ring is given up. The other ring of the session goes on, and so does the other session; and
     the session itself, so that the ring can be set up anew."""
@@ -452,7 +451,7 @@ def test_malformed_under_a_server(
     caplog.set_level(logging.WARNING, "vhost.backend")
     err = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     with (
-        serving(lambda: Blk(next(images), handler=handler, num_queues=2), tmp_path / "s") as server,
+        serving(lambda: Blk(next(images), **handler, num_queues=2), tmp_path / "s") as server,
         server.connect() as first,
         BlkDriver(first, num_queues=2) as disk,
     ):

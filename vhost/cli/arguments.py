@@ -30,6 +30,14 @@ def size(text: str) -> int:
     return value
 
 
+def cpus(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no CPUs such as 0,2") from None
+
+
 class Masks(NamedTuple):
     """Feature bits of either word."""
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from vhost.cli.arguments import Masks, features, size, wakeup_on
+from vhost.cli.arguments import Masks, cpus, features, size, wakeup_on
 
 if TYPE_CHECKING:
     from vhost.cli.arguments import Commands
@@ -56,6 +56,19 @@ def add_commands(commands: Commands) -> None:
     blk.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues offered (default 1)")
     blk.add_argument("--queue-size", type=int, default=1024, metavar="N", help="largest ring (default 1024)")
     blk.add_argument("--threads", type=int, metavar="N", help="workers (default: one a queue or CPU)")
+    blk.add_argument("--cpus", type=cpus, default=(), metavar="N,...", help="CPUs to run the workers on")
+    blk.add_argument(
+        "--aio",
+        choices=("auto", "io_uring", "threads", "sync"),
+        default="auto",
+        help="who waits for what the page cache does not have (default: the best that this kernel allows)",
+    )
+    blk.add_argument(
+        "--cache",
+        choices=("writeback", "writethrough"),
+        default="writeback",
+        help="writethrough: a write is on stable storage when it is completed (default writeback)",
+    )
     blk.add_argument("--serial", default="", help="what GET_ID answers, at most 20 bytes")
     blk.add_argument("--share", action="store_true", help="let several sessions write at the same time")
     blk.set_defaults(factory=blk_factory)
@@ -85,6 +98,9 @@ def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
             num_queues=args.num_queues,
             queue_size=args.queue_size,
             threads=args.threads,
+            cpus=args.cpus,
+            aio=args.aio,
+            cache=args.cache,
             serial=args.serial,
             share=args.share,
         )

@@ -6,14 +6,20 @@ from typing import Final, final
 from vhost.device_queue import DeviceQueue
 from vhost.devices._engine import Engine
 
-__all__ = ["MAX_RANGES", "BlkEngine", "Disk"]
+__all__ = ["AIO", "MAX_RANGES", "BlkEngine", "Disk", "probe_io_uring"]
 
 MAX_RANGES: Final[int]
+AIO: Final[dict[str, int]]
+"""What may do that which has to be waited for: "sync" the worker itself, "threads" or "io_uring"."""
+
+def probe_io_uring() -> int:
+    """0: this process may use io_uring; otherwise an errno (ENOTSUP: built without liburing)."""
 
 @final
 class Disk:
     """What requests are run on: ``fd`` (-1: null) with ``capacity`` sectors of 512 bytes. The descriptor
-    stays the caller's, and open as long as a queue is attached."""
+    stays the caller's, and open as long as a queue is attached. ``pace``: "memory" if nobody ever waits for it,
+    "cached" if the kernel can say (RWF_NOWAIT), otherwise "waits"; None: as the file system is."""
 
     def __init__(
         self,
@@ -22,6 +28,7 @@ class Disk:
         capacity: int,
         read_only: bool,
         block_device: bool,
+        pace: str | None = None,
         max_sectors: int,
         max_zeroes: int,
         max_ranges: int,
@@ -39,6 +46,8 @@ class Disk:
 
 @final
 class BlkEngine(Engine):
-    def attach(self, queue: DeviceQueue, disk: Disk, worker: int, writethrough: bool) -> None:
+    def attach(
+        self, queue: DeviceQueue, disk: Disk, worker: int, *, writethrough: bool, aio: str
+    ) -> None:
         """Hand the queue, with the descriptors that it has now, to a worker. Until ``detach`` nothing
-        else may use it."""
+        else may use it. OSError: it cannot be had."""

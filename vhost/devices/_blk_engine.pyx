@@ -11,9 +11,15 @@ from vhost._core cimport *
 from vhost.device_queue cimport DeviceQueue
 from vhost.devices._engine cimport Engine, EngineQueue
 
-__all__ = ["MAX_RANGES", "BlkEngine", "Disk"]
+__all__ = ["AIO", "MAX_RANGES", "BlkEngine", "Disk", "probe_io_uring"]
 
 MAX_RANGES = BLK_RANGES_MAX
+AIO = {"sync": BLK_AIO_SYNC, "threads": BLK_AIO_THREADS, "io_uring": BLK_AIO_URING}
+_PACES = {"waits": BLK_WAITS, "cached": BLK_CACHED, "memory": BLK_MEMORY}
+
+
+def probe_io_uring():
+    return -blk_uring_probe()
 
 
 @cython.final
@@ -27,6 +33,7 @@ cdef class Disk:
         uint64_t capacity,
         bint read_only,
         bint block_device,
+        str pace=None,
         uint32_t max_sectors,
         uint32_t max_zeroes,
         uint32_t max_ranges,
@@ -35,6 +42,7 @@ cdef class Disk:
         if len(serial) > BLK_ID_BYTES:
             raise ValueError(f"serial of {len(serial)} bytes, limit {BLK_ID_BYTES}")
         self.c.fd = fd
+        self.c.pace = blk_disk_pace(fd) if pace is None else _PACES[pace]
         self.c.read_only = read_only
         self.c.block_device = block_device
         self.c.capacity = capacity
@@ -68,13 +76,28 @@ cdef class Disk:
 
 @cython.final
 @cython.no_gc
+cdef class _Pool:
+    """Outlives the engine for as long as a queue has it."""
+    cdef blk_pool c
+
+    def __cinit__(self, str name not None):
+        blk_pool_init(&self.c, name.encode())
+
+    def __dealloc__(self):
+        blk_pool_destroy(&self.c)
+
+
+@cython.final
+@cython.no_gc
 cdef class BlkEngine(Engine):
-    def attach(self, DeviceQueue queue not None, Disk disk not None, unsigned int worker, bint writethrough):
-        cdef _BlkQueue one = _BlkQueue(queue)
-        one.disk = disk
-        one.c.disk = &disk.c
-        one.c.writethrough = writethrough
-        self.hand_over(one, worker)
+    cdef _Pool pool
+
+    def __cinit__(self, unsigned int workers, str name not None, cpus=()):
+        self.pool = _Pool(name)
+
+    def attach(self, DeviceQueue queue not None, Disk disk not None, unsigned int worker, *, bint writethrough,
+               str aio not None):
+        self.hand_over(_BlkQueue(queue, disk, self.pool, AIO[aio], writethrough), worker)
 
 
 @cython.final
@@ -82,7 +105,19 @@ cdef class BlkEngine(Engine):
 cdef class _BlkQueue(EngineQueue):
     cdef blk_queue c
     cdef Disk disk
+    cdef _Pool pool
 
-    def __cinit__(self, DeviceQueue queue):
+    def __cinit__(self, DeviceQueue queue, Disk disk, _Pool pool, blk_aio aio, bint writethrough):
+        cdef int rc
+        self.disk = disk
+        self.pool = pool
+        rc = blk_queue_init(&self.c, &disk.c, aio, &pool.c, writethrough)
+        if rc:
+            raise OSError(-rc, f"{queue.name}: {os.strerror(-rc)}")
         self.engine = &self.c.engine
         self.ops = &blk_engine_ops
+        self.source = self.c.wake
+
+    def __dealloc__(self):
+        with nogil:  # the last one waits for the pool's threads
+            blk_queue_destroy(&self.c)

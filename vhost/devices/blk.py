@@ -7,41 +7,41 @@ Knows what is served and what the driver is told about it. Requests are run by t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import stat
-import struct
 import threading
+from collections.abc import Sequence
 
 from vhost.device_queue import DeviceQueue
-from vhost.devices._blk_engine import MAX_RANGES, BlkEngine, Disk
+from vhost.devices._blk_engine import AIO, MAX_RANGES, BlkEngine, Disk, probe_io_uring
 from vhost.devices.base import Attached, Device
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, run_request
-from vhost.errors import DeviceBusy
+from vhost.devices.image import SECTOR, Image, Topology
 from vhost.features import BlkF, DeviceId
-from vhost.virtio_blk import ID_BYTES, SECTOR, BlkConfig
+from vhost.virtio_blk import ID_BYTES, BlkConfig
 
 SEG_MAX = 126
 """Data segments of a request: what fits, with header and status, into the common ring of 128; fewer
 if rings cannot be as large."""
 
-_BLKSSZGET, _BLKPBSZGET, _BLKIOMIN, _BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
-_FLOCK = struct.Struct("hhqqi4x")
-
+_NULL_TOPOLOGY = Topology(SECTOR, 3, 8, 0)
 
 class Blk(Device):
     """Serves the file or block device at ``path``, or a null device of ``null_size`` bytes, which drops
     what is written and leaves a reader's memory as it was.
 
-    ``handler``: "c" runs requests in ``threads`` threads without the GIL (default: one a queue, up to
-    the number of CPUs), which are this process's: a fork makes a device of its own; "python" runs them in
+    ``handler``: "c" runs requests in ``threads`` workers without the GIL (default: one a queue, up to
+    the number of ``cpus``), which are this process's: a fork makes a device of its own; "python" runs them in
     the session's thread.
+    ``cpus``: where the workers run, one after the other and from the first again; default: anywhere.
+    ``aio``: who waits for what the page cache does not have: "io_uring", a pool of "threads", the worker itself
+    ("sync"), or the first of these that the kernel allows ("auto").
+    ``cache``: "writeback", or "writethrough": each write is on stable storage when it is completed.
     ``share``: do not claim the file; by default only one session at a time, of all processes, may
     write it, or several may read it.
     """
 
     device_id = DeviceId.BLOCK
+    _pace: str | None = None  # see Disk
 
     def __init__(
         self,
@@ -52,6 +52,9 @@ class Blk(Device):
         num_queues: int = 1,
         queue_size: int = 1024,
         threads: int | None = None,
+        cpus: Sequence[int] = (),
+        aio: str = "auto",
+        cache: str = "writeback",
         serial: str = "",
         share: bool = False,
         handler: str = "c",
@@ -66,6 +69,8 @@ class Blk(Device):
             raise ValueError(f"threads {threads}, must be at least 1")
         if handler not in ("c", "python"):
             raise ValueError(f"handler {handler!r}, must be 'c' or 'python'")
+        if absent := set(cpus) - os.sched_getaffinity(0):
+            raise ValueError(f"cpus {sorted(absent)}, must be among those that this process may use")
         id_bytes = serial.encode()
         if len(id_bytes) > ID_BYTES:
             raise ValueError(f"serial of {len(id_bytes)} bytes, limit {ID_BYTES}")
@@ -74,32 +79,32 @@ class Blk(Device):
         self.path = None if path is None else os.fspath(path)
         self.read_only = read_only
         self.share = share or read_only  # sessions of this device; files are _lock's matter
-        self._locks = path is not None and not share
+        self._locks = not share
         self.serial = id_bytes
         self._handler = handler
         self._files: dict[Attached, int] = {}
         self._config_lock = threading.Lock()
-        self.fd = -1
+        self.image: Image | None = None
         self.engine: BlkEngine | None = None
-        self._block_device = False
+        self.aio = _choose_aio(aio)
         if self.path is not None:
-            self.fd = os.open(self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            self.image = Image(self.path, read_only=read_only, cache=cache)
         try:
-            size = null_size if null_size is not None else self._measure()
+            size = self.image.size() if self.image else null_size or 0
             self.disk = Disk(
                 fd=self.fd,
                 capacity=size // SECTOR,
                 read_only=read_only,
-                block_device=self._block_device,
+                block_device=self.image is not None and self.image.block_device,
+                pace=self._pace,
                 max_sectors=MAX_DISCARD_SECTORS,
                 max_zeroes=MAX_ZEROES_SECTORS,
                 max_ranges=MAX_RANGES,
                 serial=id_bytes,
             )
-            self._topology = self._look_at_topology()
-            workers = min(num_queues, threads or len(os.sched_getaffinity(0)))
+            workers = min(num_queues, threads or len(cpus or os.sched_getaffinity(0)))
             if handler == "c":
-                self.engine = BlkEngine(workers, "vhost-blk")
+                self.engine = BlkEngine(workers, "vhost-blk", cpus)
             self._workers = workers
         except BaseException:
             self.close()
@@ -111,25 +116,10 @@ class Blk(Device):
 
     # -- what is served ----------------------------------------------------------------------------
 
-    def _measure(self) -> int:
-        """Bytes, of a file or a block device; anything else is refused."""
-        found = os.fstat(self.fd)
-        self._block_device = stat.S_ISBLK(found.st_mode)
-        if not self._block_device and not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.ENOTBLK, f"{self.path} is neither a file nor a block device")
-        return os.lseek(self.fd, 0, os.SEEK_END)
-
-    def _look_at_topology(self) -> tuple[int, int, int, int]:
-        """blk_size, physical_block_exp, min_io_size and opt_io_size in logical blocks (5.2.4)."""
-        if not self._block_device:
-            return SECTOR, 3, 8, 0  # pages of 4 KiB below sectors of 512 bytes
-
-        def ask(request: int) -> int:
-            return int(struct.unpack("I", fcntl.ioctl(self.fd, request, bytes(4)))[0])
-
-        logical, physical = ask(_BLKSSZGET), ask(_BLKPBSZGET)
-        exponent = (physical // logical).bit_length() - 1
-        return logical, exponent, min(ask(_BLKIOMIN) // logical, 0xFFFF), ask(_BLKIOOPT) // logical
+    @property
+    def fd(self) -> int:
+        """Of what is served; -1: nothing is."""
+        return self.image.fd if self.image else -1
 
     @property
     def capacity(self) -> int:
@@ -138,7 +128,7 @@ class Blk(Device):
 
     @property
     def config(self) -> bytes:
-        blk_size, exponent, min_io, opt_io = self._topology
+        blk_size, exponent, min_io, opt_io = self.image.topology if self.image else _NULL_TOPOLOGY
         ranges = 0 if self.read_only else MAX_RANGES
         return BlkConfig(
             capacity=self.capacity,
@@ -159,8 +149,8 @@ class Blk(Device):
 
     def resize(self, size: int) -> None:
         """Give a file, or the null device, another size in bytes, and tell the drivers."""
-        if self.fd >= 0:
-            if self._block_device:
+        if self.image:
+            if self.image.block_device:
                 raise ValueError("a block device is resized from outside; call refresh() then")
             os.ftruncate(self.fd, size)
             self.refresh()
@@ -169,8 +159,8 @@ class Blk(Device):
 
     def refresh(self) -> None:
         """Somebody else may have resized what is served: look, and tell the drivers."""
-        if self.fd >= 0:
-            self._set_capacity(self._measure() // SECTOR)
+        if self.image:
+            self._set_capacity(self.image.size() // SECTOR)
 
     def _set_capacity(self, sectors: int) -> None:
         with self._config_lock:
@@ -189,12 +179,13 @@ class Blk(Device):
     @property
     def writethrough(self) -> bool:
         """A driver that cannot flush has to find every completed write on stable storage (5.2.6.2)."""
-        return not self.negotiated & BlkF.FLUSH
+        return not self.negotiated & BlkF.FLUSH or (self.image is not None and self.image.stable)
 
     def start_queue(self, queue: DeviceQueue) -> bool:
         if self.engine is None:
             return False
-        self.engine.attach(queue, self.disk, queue.index % self._workers, self.writethrough)
+        worker = queue.index % self._workers
+        self.engine.attach(queue, self.disk, worker, writethrough=self.writethrough, aio=self.aio)
         return True
 
     def stop_queue(self, queue: DeviceQueue) -> None:
@@ -215,11 +206,10 @@ class Blk(Device):
 
     def claim(self, session: Attached) -> None:
         super().claim(session)
-        if not self._locks:
+        if self.image is None or not self._locks:
             return
-        assert self.path is not None
         try:
-            self._files[session] = _lock(self.path, self.read_only, self._block_device)
+            self._files[session] = self.image.lock()
         except BaseException:
             super().release(session)
             raise
@@ -234,27 +224,17 @@ class Blk(Device):
         """Close the file, and let the engine's threads and descriptors go. No session may be running."""
         self.engine = None
         self.notice = -1
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self.image is not None:
+            self.image.close()
 
 
-def _lock(path: str, read_only: bool, block_device: bool) -> int:
-    """A descriptor that holds the file against other writers, in this process and elsewhere, until it
-    is closed. It is an open file of its own, for that is what such locks belong to. Block devices have
-    their own way: O_EXCL holds them against mounts, too."""
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-    if block_device and not read_only:
-        flags |= os.O_EXCL
-    fd = -1
-    try:
-        fd = os.open(path, flags)
-        kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EBUSY):
-            raise DeviceBusy(f"{path} is in use by another session (--share allows that)") from None
-        raise
-    return fd
+def _choose_aio(wanted: str) -> str:
+    """What the engine is to use. OSError: the kernel does not allow what was asked for by name."""
+    if wanted not in ("auto", *AIO):
+        raise ValueError(f"aio {wanted!r}, must be one of auto, {', '.join(AIO)}")
+    if wanted not in ("auto", "io_uring"):
+        return wanted
+    why = probe_io_uring()
+    if why and wanted == "io_uring":
+        raise OSError(why, f"io_uring cannot be used here: {os.strerror(why)}")
+    return "threads" if why else "io_uring"
