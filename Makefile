@@ -15,7 +15,7 @@ all: $(VENV)/built
 system:
 	@$(PYTHON) -c 'import ensurepip, os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev gcc libc6-dev; \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev gcc libc6-dev liburing-dev; \
 	else \
 	    echo "pyvhost: needs the packages python3-venv, python3-dev and gcc" >&2; exit 1; \
 	fi

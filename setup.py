@@ -51,9 +51,9 @@ HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
 class BuildExt(build_ext):
-    """`setup.py build_ext` alone, too, builds the C core that the extensions are linked to. And liburing is
-    linked in where it is installed, rather its archive than its shared object, which not every machine has that
-    gets a wheel; without it, threads do its work."""
+    """`setup.py build_ext` alone, too, builds the C core that the extensions are linked to. And liburing
+    is linked in where it is installed, rather its archive than its shared object, which not every machine has
+    that gets a wheel; without it, threads do its work."""
 
     def run(self) -> None:
         self.run_command("build_clib")
@@ -71,10 +71,13 @@ class BuildExt(build_ext):
         """The linker's words for it; none where it cannot be linked."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.c"
-            source.write_text("#include <liburing.h>\nint probe(void) { return io_uring_queue_init(1, 0, 0); }\n")
+            source.write_text(
+                "#include <liburing.h>\nint probe(void) { return io_uring_queue_init(1, 0, 0); }\n"
+            )
             for words in (["-l:liburing.a"], ["-luring"]):
-                command = [*self.compiler.linker_so, "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
-                if not subprocess.run([*command, *words], capture_output=True).returncode:
+                target = ["-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
+                command = [*self.compiler.linker_so, *target, *words]
+                if not subprocess.run(command, capture_output=True).returncode:
                     return words
         return []
 

@@ -325,7 +325,13 @@ def restart(frontend: Frontend, disk: BlkDriver, index: int) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("in_order", [False, True], ids=["", "in_order"])
 def test_queues_stop_and_start_under_load(
-    image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, threads: int, in_order: bool, no_leaks: None
+    image: Path,
+    tmp_path: Path,
+    handler: dict[str, str],
+    packed: bool,
+    threads: int,
+    in_order: bool,
+    no_leaks: None,
 ) -> None:
     device = Blk(image, **handler, num_queues=3, threads=threads)
     without = 0 if in_order else int(VirtioF.IN_ORDER)
@@ -391,7 +397,9 @@ def test_eventfds_are_replaced_under_load(
         load.check(image)
 
 
-def test_a_reset_with_requests_in_flight(image: Path, tmp_path: Path, handler: dict[str, str], no_leaks: None) -> None:
+def test_a_reset_with_requests_in_flight(
+    image: Path, tmp_path: Path, handler: dict[str, str], no_leaks: None
+) -> None:
     with serving(Blk(image, **handler), tmp_path / "s") as server, server.connect() as frontend:
         for turn in range(20):
             with BlkDriver(frontend, packed=bool(turn % 2)) as disk:
@@ -544,7 +552,9 @@ def test_an_idle_engine_sleeps(image: Path, tmp_path: Path, no_leaks: None) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_without_kicks(image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, no_leaks: None) -> None:
+def test_without_kicks(
+    image: Path, tmp_path: Path, handler: dict[str, str], packed: bool, no_leaks: None
+) -> None:
     """SET_VRING_KICK without a descriptor: the device looks by itself."""
     with (
         serving(Blk(image, **handler), tmp_path / "s") as server,

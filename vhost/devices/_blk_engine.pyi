@@ -18,8 +18,8 @@ def probe_io_uring() -> int:
 @final
 class Disk:
     """What requests are run on: ``fd`` (-1: null) with ``capacity`` sectors of 512 bytes. The descriptor
-    stays the caller's, and open as long as a queue is attached. ``pace``: "memory" if nobody ever waits for it,
-    "cached" if the kernel can say (RWF_NOWAIT), otherwise "waits"; None: as the file system is."""
+    stays the caller's, and open as long as a queue is attached. ``pace``: "memory" if nobody ever waits for
+    it, "cached" if the kernel can say (RWF_NOWAIT), otherwise "waits"; None: as the file system is."""
 
     def __init__(
         self,

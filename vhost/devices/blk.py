@@ -25,6 +25,7 @@ if rings cannot be as large."""
 
 _NULL_TOPOLOGY = Topology(SECTOR, 3, 8, 0)
 
+
 class Blk(Device):
     """Serves the file or block device at ``path``, or a null device of ``null_size`` bytes, which drops
     what is written and leaves a reader's memory as it was.
@@ -33,8 +34,8 @@ class Blk(Device):
     the number of ``cpus``), which are this process's: a fork makes a device of its own; "python" runs them in
     the session's thread.
     ``cpus``: where the workers run, one after the other and from the first again; default: anywhere.
-    ``aio``: who waits for what the page cache does not have: "io_uring", a pool of "threads", the worker itself
-    ("sync"), or the first of these that the kernel allows ("auto").
+    ``aio``: who waits for what the page cache does not have: "io_uring", a pool of "threads", the worker
+    itself ("sync"), or the first of these that the kernel allows ("auto").
     ``cache``: "writeback", or "writethrough": each write is on stable storage when it is completed.
     ``share``: do not claim the file; by default only one session at a time, of all processes, may
     write it, or several may read it.

@@ -26,10 +26,12 @@ _IOV_MAX = 1024  # UIO_MAXIOV: what one system call takes
 class Served(Protocol):
     """What a request needs to know of the device."""
 
-    fd: int
     read_only: bool
     serial: bytes
     disk: Disk
+
+    @property
+    def fd(self) -> int: ...
 
     @property
     def capacity(self) -> int: ...
