@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.disks import BASE, HANDLERS, REGION, Ring, header, pattern, ring
+from devices.disks import BASE, HANDLERS, REGION, Ring, header, how, pattern, ring
 from vhost._iotlb import Iotlb
 from vhost.chain import Chain
 from vhost.devices.blk import Blk
@@ -359,10 +359,12 @@ SECTORS = 64
 
 
 @pytest.fixture(params=HANDLERS)
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Blk]:
+def disk(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Blk]:
     image = tmp_path / "disk"
     image.write_bytes(pattern(SECTORS * 512))
-    yield Blk(image, serial="a serial number", handler=request.param)
+    yield Blk(image, serial="a serial number", **how(request.param, monkeypatch))
 
 
 def all_pages(memory: GuestMemory) -> dict[int, bytes]:

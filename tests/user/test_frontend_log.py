@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.disks import HANDLERS, pattern, serving
+from devices.disks import HANDLERS, how, pattern, serving
 from user.log_check import check_migration
 from user.test_frontend import RawBackend, backend
 from vhost.devices.blk import Blk as Device
@@ -35,9 +35,16 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("handler", HANDLERS)
-def test_both_roles(image: Path, tmp_path: Path, no_leaks: None, handler: str, packed: bool) -> None:
+def test_both_roles(
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_leaks: None,
+    handler: str,
+    packed: bool,
+) -> None:
     with (
-        serving(Device(image, handler=handler), tmp_path / "s") as server,
+        serving(Device(image, **how(handler, monkeypatch)), tmp_path / "s") as server,
         server.connect() as frontend,
         Blk(frontend, packed=packed) as disk,
     ):
