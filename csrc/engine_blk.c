@@ -70,11 +70,6 @@ static void submit(struct blk_queue *q, struct blk_request *list)
 {
 	struct blk_request *next;
 
-	if (q->aio == BLK_AIO_URING && !q->uring && list) {
-		q->uring = blk_uring_new(q->depth, q->wake);
-		if (!q->uring)
-			q->aio = BLK_AIO_THREADS; /* it worked once; there may be too many by now */
-	}
 	if (q->uring)
 		list = blk_uring_submit(q->uring, q->disk, list);
 	for (; list; list = next) {
@@ -304,6 +299,10 @@ int blk_queue_init(struct blk_queue *q, const struct blk_disk *disk, enum blk_ai
 			q->requests[i].joint_iov = q->joint + i * BLK_MERGE_MAX;
 		q->chains[i] = &q->requests[i].chain;
 	}
+	/* Here rather than when it is needed first: what a queue takes of the process is always the same. Where
+	 * there are too many by now, or in a build without it, the pool does it all. */
+	if (q->aio == BLK_AIO_URING)
+		q->uring = blk_uring_new(q->depth, q->wake);
 	if (q->aio != BLK_AIO_SYNC)
 		blk_pool_enter(&q->pool, pool, disk, q->wake);
 	return 0;
