@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """A back-end that is killed and started again, over and over; runs as a program of its own.
 
-    shuffled_blk.py SOCKET DISK QUEUES {c,python,replay} [WITHOUT]
+    shuffled_blk.py SOCKET DISK QUEUES {sync,threads,io_uring,python,replay} [WITHOUT]
 
 It forks a child that serves, says "pid N" on a line, and forks the next one when the child dies, without
 the half second that a new interpreter takes. When a ring starts, the child says "again N": how many chains
-it has to do again. "c" is the disk that everybody uses. "python" is one
-that completes its requests out of order and slowly, so that there are always some in flight. "replay" is
-such a one with a defect: it does old writes again after they were completed.
+it has to do again. The first three are the disk that everybody uses, by its `aio`. "python" is one that
+completes its requests out of order and slowly, so that there are always some in flight. "replay" is such a
+one with a defect: it does old writes again after they were completed.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ class ShuffledBlk(TellingBlk):
 
 def live(path: str, disk: str, queues: int, kind: str, without: int) -> None:
     device = (
-        TellingBlk(disk, num_queues=queues)
-        if kind == "c"
-        else ShuffledBlk(disk, queues, replay=kind == "replay")
+        ShuffledBlk(disk, queues, replay=kind == "replay")
+        if kind in ("python", "replay")
+        else TellingBlk(disk, num_queues=queues, aio=kind)
     )
     with Server(device, path, without=without) as server:
         server.serve_forever()
