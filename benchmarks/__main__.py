@@ -25,9 +25,16 @@ EXTRA = ("rich", "matplotlib")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     there = [name for name in SUITES if importlib.util.find_spec(f"benchmarks.{name}")]
+
+    def suite(name: str) -> str:
+        if name not in there:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(there)}")
+        return name
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    # Not `choices`: of no argument at all, argparse asks whether [] is one.
     parser.add_argument(
-        "suite", nargs="*", choices=[*there, []], help=f"default: all of them: {', '.join(there)}"
+        "suite", nargs="*", type=suite, default=there, help=f"default: all of them: {', '.join(there)}"
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats and cases: a few minutes")
     parser.add_argument(
@@ -38,9 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plots", metavar="DIR", type=Path, help="the plots as PNG files, too")
     parser.add_argument("--raw", action="store_true", help=argparse.SUPPRESS)  # see kernel.py
-    options = parser.parse_args(argv)
-    options.suite = options.suite or there
-    return options
+    return parser.parse_args(argv)
 
 
 def run_one(name: str, options: argparse.Namespace, progress: Any) -> tuple[Any, Suite, float]:
