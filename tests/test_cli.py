@@ -39,8 +39,10 @@ def image(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def serving(*arguments: object, end: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[str]]:
-    command = [*VHOST, "serve", *(str(argument) for argument in arguments)]
+def serving(
+    *arguments: object, end: signal.Signals = signal.SIGTERM, program: list[str] = VHOST
+) -> Iterator[subprocess.Popen[str]]:
+    command = [*program, "serve", *(str(argument) for argument in arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
@@ -68,6 +70,29 @@ def test_serve_blk(tmp_path: Path, image: Path, end: signal.Signals) -> None:
                 vhost.drivers.Blk(second)
             assert disk.read(0, 1) == b"\x77" * 512
     assert not path.exists()
+
+
+VARIANT = [sys.executable, str(Path(__file__).parent / "peers" / "variant.py")]
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "handler"),
+    [(VHOST, (), "c"), (VHOST, ("--python",), "python"), ([*VARIANT, "python"], (), "python")],
+    ids=["c", "python", "variant"],
+)
+def test_who_runs_requests(
+    tmp_path: Path, image: Path, program: list[str], options: tuple[str, ...], handler: str
+) -> None:
+    path = tmp_path / "s"
+    with (
+        serving("blk", "--socket-path", path, "--blk-file", image, *options, program=program) as server,
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Blk(frontend) as disk,
+    ):
+        disk.write(0, b"\x77" * 512)
+        assert disk.read(0, 1) == b"\x77" * 512
+        names = [task.read_text() for task in Path(f"/proc/{server.pid}/task").glob("*/comm")]
+        assert any(name.startswith("vhost-blk") for name in names) == (handler == "c"), names
 
 
 def test_share(tmp_path: Path, image: Path) -> None:

@@ -73,8 +73,7 @@ for what in sys.argv.pop(1).split(","):
     elif what == "hasty":
         PostcopyHandlers._announce = take_for_empty  # type: ignore[method-assign]
     elif what == "python":
-        assert Blk.__init__.__kwdefaults__ is not None
-        Blk.__init__.__kwdefaults__["handler"] = "python"
+        sys.argv.append("--python")
     else:
         sys.exit(f"variant {what!r} is not known")
 sys.exit(main())

@@ -55,7 +55,13 @@ def add_commands(commands: Commands) -> None:
     blk.add_argument("--read-only", action="store_true", help="refuse writes")
     blk.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues offered (default 1)")
     blk.add_argument("--queue-size", type=int, default=1024, metavar="N", help="largest ring (default 1024)")
-    blk.add_argument("--threads", type=int, metavar="N", help="workers (default: one a queue or CPU)")
+    blk.add_argument("--python", action="store_true", help="run requests in Python")
+    blk.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="workers (default: one a queue or CPU; with --python none, but the thread that has the socket)",
+    )
     blk.add_argument("--cpus", type=cpus, default=(), metavar="N,...", help="CPUs to run the workers on")
     blk.add_argument(
         "--aio",
@@ -103,6 +109,7 @@ def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
             cache=args.cache,
             serial=args.serial,
             share=args.share,
+            handler="python" if args.python else "c",
         )
 
     try:
