@@ -165,3 +165,11 @@ def test_recording(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "     2 GET_FEATURES\n     1 SET_OWNER\n"
+
+
+def test_workers() -> None:
+    names: dict[str, object] = {}
+    exec(examples("docs/threads.md")[0], names)
+    device = names["Entropy"]()  # type: ignore[operator]
+    with vhost.InProcess(device) as ops, vhost.drivers.Rng(ops) as rng:
+        assert len(set(rng.read(4096))) > 100

@@ -110,7 +110,8 @@ def loaded(
 ) -> Iterator[tuple[vhost.Frontend, Load]]:
     image = folder / "disk.raw"
     image.write_bytes(bytes(BLOCK * BLOCKS * QUEUES))
-    device = vhost.devices.Blk(image, num_queues=QUEUES, handler=handler)
+    more = {"handler": "python", "threads": QUEUES} if handler == "workers" else {"handler": handler}
+    device = vhost.devices.Blk(image, num_queues=QUEUES, **more)
     wanted = int(vhost.user.frontend_base.WANTED) & ~without
     with (
         h.served(device, folder / "s"),
@@ -122,7 +123,7 @@ def loaded(
     device.close()
 
 
-@pytest.fixture(params=["c", "python"])
+@pytest.fixture(params=["c", "python", "workers"])
 def handler(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -5,8 +5,9 @@ A subclass says its id, its queues and its configuration space, and has one meth
 nothing of sockets, messages or event loops; sessions (a vhost-user ``Backend``, later a kernel one)
 attach to it. One instance may have any number of sessions that look, and one that runs rings.
 
-Threads: a session calls every hook from the thread that steps it. ``config_changed()`` and ``wake()``
-may be called from any thread.
+Threads: a session calls every hook from the thread that steps it, and handlers, too, unless there are
+``workers``: those run handlers of different queues at the same time, also beside hooks, but none of a queue
+that is being stopped. ``config_changed()``, ``wake()`` and ``post()`` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from vhost.devices.requests import Requests
-from vhost.errors import DeviceBusy, UnsupportedRequest, VhostError
+from vhost.devices.workers import Watch, Workers
+from vhost.errors import DeviceBusy, InvalidState, UnsupportedRequest, VhostError
 from vhost.features import DeviceId, VirtioF
 
 if TYPE_CHECKING:
@@ -34,13 +36,16 @@ _RINGS = int(
 
 
 class Attached(Protocol):
-    """What a device wants of a session. Both may be called from any thread."""
+    """What a device wants of a session. All may be called from any thread."""
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space changed."""
 
     def wake(self) -> None:
         """Look after rings and memory: something may have broken where the session cannot see it."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the thread that steps the session call this."""
 
 
 class Stepped(Protocol):
@@ -80,6 +85,9 @@ class Device(Requests):
     features: int = 0
     #: The largest ring that a front-end may set up.
     max_queue_size: int = 1024
+    #: How many threads run the handlers; queue ``i`` is worker ``i % workers``'s. 0: the thread that steps the
+    #: session runs them. Counts from when rings start next.
+    workers: int = 0
     #: Let several sessions run rings at the same time. The driver side must be made for that.
     share: bool = False
     #: Legacy drivers of the other byte order can be served: ``handle`` looks at ``queue.big_endian``, which
@@ -94,6 +102,7 @@ class Device(Requests):
     _lock: threading.Lock
     _attached: set[Attached]
     _running: set[Attached]
+    _handler_threads: Workers | None
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         # Not __init__: a subclass need not know of this to be right.
@@ -101,6 +110,7 @@ class Device(Requests):
         self._lock = threading.Lock()
         self._attached = set()
         self._running = set()
+        self._handler_threads = None
         return self
 
     # ------------------------------------------------------------------ what it is
@@ -131,7 +141,8 @@ class Device(Requests):
 
     def handle(self, queue: DeviceQueue) -> None:
         """Serve what is available: a kick came, or work may be pending. Returns instead of waiting;
-        whatever it pops it may push later, until ``stop_queue``."""
+        whatever it pops it may push later, until ``stop_queue``. Never called for a queue while it runs
+        for that queue."""
         serve = cast("Callable[[DeviceQueue], None]", getattr(self, self.queue_name(queue.index)))
         serve(queue)
 
@@ -244,6 +255,15 @@ class Device(Requests):
         for session in sessions:
             session.wake()
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Have a thread that steps a session whose rings run call this soon: for what workers may not do
+        themselves, such as to ask the front-end. From any thread. InvalidState: no rings run."""
+        with self._lock:
+            session = next(iter(self._running), None)
+        if session is None:
+            raise InvalidState(f"no session runs the rings of {type(self).__name__}")
+        session.post(call)
+
     # ------------------------------------------------------------------ called by sessions
 
     def attach(self, session: Attached) -> None:
@@ -260,15 +280,30 @@ class Device(Requests):
         with self._lock:
             if self._running - {session} and not self.share:
                 raise DeviceBusy(f"{type(self).__name__}: another session runs this device's rings")
+            if self.workers and self._handler_threads is None:
+                name = f"vhost-{type(self).__name__.lower()}"
+                self._handler_threads = Workers(min(self.workers, self.num_queues), name)
             self._running.add(session)
+
+    def watch(self, index: int, kick: int, serve: Callable[[], bool], *, look: bool) -> Watch | None:
+        """Have a worker look after the session's ring, see ``Worker.watch``. None: there are no workers."""
+        workers = self._handler_threads
+        return None if workers is None else workers.watch(index, kick, serve, look=look)
 
     def release(self, session: Attached) -> None:
         """The session's last ring has stopped, or the session is over. Once for each claim."""
+        ended: Workers | None = None
         with self._lock:
             self._running.discard(session)
+            if not self._running:
+                ended, self._handler_threads = self._handler_threads, None
+        if ended is not None:
+            ended.close()
 
     def _running_sessions(self) -> list[Attached]:
         with self._lock:
+            if self._handler_threads is not None and self._handler_threads.have_this_thread:
+                raise InvalidState(f"{type(self).__name__}: a worker may not ask; it can post() that")
             return list(self._running)
 
     def is_busy(self, session: Attached) -> bool:

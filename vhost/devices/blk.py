@@ -32,7 +32,7 @@ class Blk(Device):
 
     ``handler``: "c" runs requests in ``threads`` workers without the GIL (default: one a queue, up to
     the number of ``cpus``), which are this process's: a fork makes a device of its own; "python" runs them in
-    the session's thread.
+    the session's thread, or in as many ``threads`` as are asked for (``Device.workers``), and waits itself.
     ``cpus``: where the workers run, one after the other and from the first again; default: anywhere.
     ``aio``: who waits for what the page cache does not have: "io_uring", a pool of "threads", the worker
     itself ("sync"), or the first of these that the kernel allows ("auto").
@@ -70,6 +70,8 @@ class Blk(Device):
             raise ValueError(f"threads {threads}, must be at least 1")
         if handler not in ("c", "python"):
             raise ValueError(f"handler {handler!r}, must be 'c' or 'python'")
+        if handler == "python" and (cpus or aio != "auto"):
+            raise ValueError("cpus and aio are for handler 'c'")
         if absent := set(cpus) - os.sched_getaffinity(0):
             raise ValueError(f"cpus {sorted(absent)}, must be among those that this process may use")
         id_bytes = serial.encode()
@@ -82,7 +84,6 @@ class Blk(Device):
         self.share = share or read_only  # sessions of this device; files are _lock's matter
         self._locks = not share
         self.serial = id_bytes
-        self._handler = handler
         self._files: dict[Attached, int] = {}
         self._config_lock = threading.Lock()
         self.image: Image | None = None
@@ -106,6 +107,8 @@ class Blk(Device):
             workers = min(num_queues, threads or len(cpus or os.sched_getaffinity(0)))
             if handler == "c":
                 self.engine = BlkEngine(workers, "vhost-blk", cpus)
+            else:
+                self.workers = threads or 0
             self._workers = workers
         except BaseException:
             self.close()

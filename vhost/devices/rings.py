@@ -15,6 +15,7 @@ import select
 from typing import NamedTuple
 
 from vhost._iotlb import Iotlb
+from vhost.devices.workers import Watch
 from vhost.errors import IncorrectFds, InvalidState
 from vhost.features import VirtioF
 from vhost.inflight import InflightRegion
@@ -68,6 +69,8 @@ class Ring:
         """There while the ring is started."""
         self.by_device = False
         """The device serves it in threads of its own."""
+        self.watch: Watch | None = None
+        """A worker runs the device's handler for it."""
         self.seen = False
         """Kicked or enabled since it stopped last: disabled, it is to be processed without effects."""
         self._began: int | None = None
@@ -77,11 +80,16 @@ class Ring:
         return self.queue is not None
 
     @property
+    def elsewhere(self) -> bool:
+        """Another thread looks after it than the one that steps the session."""
+        return self.by_device or self.watch is not None
+
+    @property
     def polled(self) -> bool:
-        """Nobody kicks, and no thread of the device looks after it."""
+        """Nobody kicks, and no other thread looks after it."""
         if self.queue is None or self.queue.broken:
             return False
-        return self.kick < 0 and not self.by_device
+        return self.kick < 0 and not self.elsewhere
 
     @property
     def untouched(self) -> bool:

@@ -4,7 +4,8 @@
 What vhost-user, VDUSE and a driver in the same process have in common: features, memory and rings, in the
 words of vhost; kicks that become ``device.handle(queue)``; what happens when a ring, its memory or the
 device breaks. It owns no thread and no loop: ``fileno()`` is readable when ``step()`` has something to do,
-and ``step()`` never blocks. Knows no messages; what a ring is, is in rings.py.
+and ``step()`` never blocks, unless for a handler that runs on one of the device's workers (workers.py): the
+only thing here that those do is ``_serve_on_worker``. Knows no messages; what a ring is, is in rings.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import select
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -79,6 +81,7 @@ class DeviceSession(ABC):
         self._complaints = 0
         self._kicks: dict[int, Ring] = {}
         self._config_changed = False
+        self._posted: deque[Callable[[], None]] = deque()
         # Polling a disabled ring of a device that leaves such rings alone would only cost.
         self._drops = type(device).handle_disabled is not Device.handle_disabled
         self._epoll = select.epoll()
@@ -143,6 +146,11 @@ class DeviceSession(ABC):
         self._config_changed = True
         self.wake()
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the next step call this."""
+        self._posted.append(call)
+        self.wake()
+
     def wake(self) -> None:
         """Make ``fileno()`` readable, and have the next step look at rings and memory."""
         with self._events_lock:
@@ -201,6 +209,8 @@ class DeviceSession(ABC):
         log.log(level, "%s: %s", what, str(why))
 
     def _woken(self) -> None:
+        while self._posted and not self.closed:
+            self._posted.popleft()()
         if self._config_changed and self._may_tell():
             self._config_changed = False
             self._tell_config_change()
@@ -232,6 +242,29 @@ class DeviceSession(ABC):
                 self._ring_broken(ring, str(error))
         self._check_memory()
         self._update_polling()
+
+    def _serve_on_worker(self, ring: Ring) -> bool:
+        """What a worker does for ``_serve``: whatever comes of it is for who steps us. False: the ring is not
+        to be polled any more."""
+        queue = ring.queue
+        if queue is None or queue.broken:
+            return False
+        try:
+            self.device.handle(queue)
+        except QueueBroken as error:
+            if not queue.broken:  # one that is says so itself
+                self.post(functools.partial(self._ring_broken, ring, str(error)))
+                return False
+        except BaseException as error:
+            self.post(functools.partial(_raise, error))
+            return False
+        if queue.broken or self._wants_look(ring):
+            self.wake()
+        return not queue.broken
+
+    def _wants_look(self, ring: Ring) -> bool:
+        """After its handler ran: ``_woken`` has something to do. On any thread."""
+        return self.memory.broken
 
     def _check_memory(self) -> None:
         if self.memory.broken:
@@ -484,7 +517,10 @@ class DeviceSession(ABC):
         assert ring.queue is not None
         ring.by_device = ring.enabled and self.device.start_queue(ring.queue)
         ring.seen |= ring.enabled
-        if not ring.by_device:
+        if ring.enabled and not ring.by_device:
+            serve = functools.partial(self._serve_on_worker, ring)
+            ring.watch = self.device.watch(ring.index, ring.kick, serve, look=True)
+        if not ring.elsewhere:
             self._watch_kick(ring)
             if ring.seen:
                 self._serve(ring)
@@ -504,6 +540,9 @@ class DeviceSession(ABC):
         """Return when nothing uses the ring's queue any more."""
         assert ring.queue is not None
         self._unwatch_kick(ring)
+        if ring.watch is not None:
+            ring.watch.end()
+            ring.watch = None
         if ring.enabled:
             (stop or self.device.stop_queue)(ring.queue)
         ring.by_device = False
@@ -540,6 +579,7 @@ class DeviceSession(ABC):
             self._call_device(functools.partial(self._halt, ring))
             ring.close()
         self._call_device(self._release_if_idle)
+        self._posted.clear()
         self.memory = self.no_memory
         self._let_go()
         self._close_events()
@@ -558,3 +598,7 @@ class DeviceSession(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -80,11 +80,11 @@ class InbandHandlers(Handlers):
             )
         if not ring.kick_known:
             self.give_event(ring, "kick", _eventfd)
-        if ring.started and not ring.by_device:
+        if ring.started and not ring.elsewhere:
             # Before the answer, for which a simulation waits.
             self._kicked(ring)
         elif ring.kick >= 0:  # else it polls
-            # For a thread of the device; or for later, if not all is known of the ring.
+            # For another thread; or for later, if not all is known of the ring.
             signal_eventfd(ring.kick)
 
     # -- calls and errors --------------------------------------------------------------------------

@@ -138,6 +138,9 @@ class InflightHandlers(Handlers):
         if self._inflight is not None and self._inflight.broken:
             raise InvalidState("the front-end truncated the file of the in-flight buffer")
 
+    def _wants_look(self, ring: Ring) -> bool:
+        return super()._wants_look(ring) or (self._inflight is not None and self._inflight.broken)
+
     def _let_go(self) -> None:
         super()._let_go()
         self._inflight = None

@@ -242,6 +242,9 @@ class IotlbHandlers(Handlers):
         if self.iotlb is not None:
             self._ask_for_misses()
 
+    def _wants_look(self, ring: Ring) -> bool:
+        return super()._wants_look(ring) or bool(self._misses(ring))
+
     def replace_memory(self, memory: GuestMemory) -> None:
         super().replace_memory(memory)
         if self.iotlb is not None:

@@ -172,6 +172,9 @@ class LogHandlers(Handlers):
         if self._log is not None and self._log.broken:
             raise InvalidLogAddress("the front-end truncated the file behind the dirty log")
 
+    def _wants_look(self, ring: Ring) -> bool:
+        return super()._wants_look(ring) or (self._log is not None and self._log.broken)
+
     def _let_go(self) -> None:
         super()._let_go()
         self._log = None
