@@ -85,8 +85,8 @@ class Device(Requests):
     features: int = 0
     #: The largest ring that a front-end may set up.
     max_queue_size: int = 1024
-    #: How many threads run the handlers; queue ``i`` is worker ``i % workers``'s. 0: the thread that steps the
-    #: session runs them. Counts from when rings start next.
+    #: How many threads run the handlers; queue ``i`` is worker ``i % workers``'s. 0: none but the one that
+    #: steps the session. Counts from when rings start next.
     workers: int = 0
     #: Let several sessions run rings at the same time. The driver side must be made for that.
     share: bool = False
