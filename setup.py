@@ -47,6 +47,13 @@ BLK = [
     "csrc/blk_pool.c",
     "csrc/blk_uring.c",
 ]
+NET = [
+    "csrc/engine_net.c",
+    "csrc/net_wire.c",
+    "csrc/net_receive.c",
+    "csrc/net_frame.c",
+    "csrc/net_csum.c",
+]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
@@ -123,7 +130,10 @@ setup(
             extension("vhost.kernel._vduse"),
             extension("vhost.devices._engine"),
             extension("vhost.devices._blk_engine", *BLK),
-            extension("vhost.drivers._net_queue", "csrc/driver_net.c", "csrc/driver_net_pump.c"),
+            extension("vhost.devices._net_engine", *NET),
+            extension(
+                "vhost.drivers._net_queue", "csrc/driver_net.c", "csrc/driver_net_pump.c", "csrc/net_csum.c"
+            ),
         ],
         compiler_directives={"language_level": 3, "binding": False, "embedsignature": True},
     ),

@@ -171,7 +171,7 @@ static inline int chain_add(struct virtqueue *vq, struct vhost_chain *c, struct 
 {
 	uint32_t kind = flags & VRING_DESC_F_WRITE;
 
-	if (unlikely(!kind && w->n > c->out_num))
+	if (unlikely(!kind && w->n > c->out_num && !vq->read_only))
 		return vq_fault(vq, VQ_WRITE_BEFORE_READ, head, d.addr, 0);
 	if (unlikely(!chain_place(vq->mem, w, d))) {
 		int n = chain_add_pieces(vq, c, w->n, head, d.addr, raw_len(d), kind);

@@ -336,23 +336,3 @@ void net_rx_copy(const struct net_rx *rx, const struct net_in *frame, uint8_t *t
 		skip = 0;
 	}
 }
-
-void net_finish_csum(uint8_t *frame, uint32_t len, const struct net_header *header)
-{
-	uint64_t sum = 0;
-	uint16_t word;
-	uint32_t i;
-
-	for (i = header->csum_start; i + 1 < len; i += 2) {
-		memcpy(&word, frame + i, 2);
-		sum += word;
-	}
-	if (i < len)
-		sum += frame[i]; /* as if a zero followed; little-endian */
-	while (sum >> 16)
-		sum = (sum & 0xffff) + (sum >> 16);
-	word = (uint16_t)~sum;
-	if (!word)
-		word = 0xffff; /* the same number; 0 means "none" to UDP */
-	memcpy(frame + header->csum_start + header->csum_offset, &word, 2);
-}

@@ -14,22 +14,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "virtio_net.h"
 #include "virtqueue.h"
 
-#define NET_HDR_LEGACY 10u /* without VERSION_1 and MRG_RXBUF (5.1.6.1) */
-#define NET_HDR_MAX 12u
-#define NET_ETH_HDR 14u
 #define NET_SLOT_ALIGN 64u /* of a slot's address and size: its header is read in words */
 #define NET_BURST 64u
-
-#define NET_HDR_F_NEEDS_CSUM 1
-
-struct net_header { /* 5.1.6 */
-	uint8_t flags, gso_type;
-	uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
-};
-
-_Static_assert(sizeof(struct net_header) == NET_HDR_MAX, "5.1.6");
 
 /* `num` buffers of `size` bytes behind each other in shared memory: where we and the device see them. */
 struct net_slots {
@@ -144,9 +133,6 @@ void net_rx_copy(const struct net_rx *rx, const struct net_in *frame, uint8_t *t
 /* Makes the buffers of all frames that were taken available again; kicks if there is need. 0, -EIO, or
  * what the kick failed with. */
 int net_rx_release(struct net_rx *rx);
-
-/* Fills in the checksum that the header left open (NEEDS_CSUM), of a frame that net_rx_take() passed. */
-void net_finish_csum(uint8_t *frame, uint32_t len, const struct net_header *header);
 
 /* ------------------------------------------------------------------ pumps */
 

@@ -34,6 +34,9 @@ struct engine_ops {
 	bool (*has_work)(struct engine_queue *q);
 	/* Asks for all that would wake the worker. True: there is work already. */
 	bool (*arm)(struct engine_queue *q);
+	/* The worker has the queue from here on, and may have served others of its own already. NULL: it need not
+	 * be told. */
+	void (*begin)(struct engine_queue *q);
 	/* Someone else wants the queue, or what it translates with: nothing that was popped is in flight
 	 * afterwards, it is published or given back. NULL: nothing ever is, between two batches. */
 	void (*settle)(struct engine_queue *q);

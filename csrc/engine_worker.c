@@ -233,6 +233,8 @@ static bool change(struct engine_worker *w)
 	for (at = &w->queues; *at; at = &(*at)->next)
 		;
 	*at = w->incoming;
+	if (w->incoming && w->incoming->ops->begin)
+		w->incoming->ops->begin(w->incoming);
 	w->incoming = NULL;
 	for (at = &w->queues; (q = *at);) {
 		if (!q->leaving) {

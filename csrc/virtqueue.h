@@ -125,6 +125,10 @@ struct virtqueue {
 	uint32_t num;
 	bool is_packed, indirect, event_idx, in_order;
 	bool swapped; /* the ring is in the other byte order */
+	/* The owner's, from init on: the device only reads this queue, so that a buffer marked as writable breaks
+	 * nothing, wherever it comes. (In indirect tables of packed rings, DPDK's virtio_user marks the header of
+	 * each frame so, and of some frames one piece of data.) */
+	bool read_only;
 	/* Split: free-running 16-bit indices. Packed: positions, each with its wrap counter. */
 	uint16_t last_avail;   /* next to pop */
 	uint16_t shadow_avail; /* split: avail.idx as last read */

@@ -132,6 +132,54 @@ def test_null_device(tmp_path: Path) -> None:
         disk.write(0, bytes(512))
 
 
+def test_serve_net(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    options = ("--echo", "--mac", "52:54:00:12:34:56", "--mtu", 9000)
+    with (
+        serving("net", "--socket-path", path, *options) as server,
+        vhost.Frontend.connect(path) as frontend,
+        vhost.drivers.Net(frontend, mtu=9000) as nic,
+    ):
+        assert (nic.mac.hex(), nic.mtu, nic.link_up) == ("525400123456", 9000, True)
+        nic.send(bytes(9000))
+        assert nic.recv(10) == bytes(9000)
+        server.send_signal(signal.SIGUSR1)
+        assert server.stderr is not None
+        counters = json.loads(server.stderr.readline())
+        assert (counters["tx_frames"], counters["rx_bytes"], counters["dropped_long"]) == (1, 9000, 0)
+
+
+def test_a_guest_comes_back_to_the_same_address(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    macs = set()
+    with serving("net", "--socket-path", path, "--source", 100):
+        for _ in range(3):
+            with vhost.Frontend.connect(path) as frontend, vhost.drivers.Net(frontend) as nic:
+                macs.add(nic.mac)
+                frame = nic.recv(10)
+                assert frame is not None
+                assert (len(frame), frame[:6]) == (100, nic.mac)
+    assert len(macs) == 1
+
+
+def test_serve_net_of_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    assert "--echo" in run("serve", "net", "--socket-path", path, code=1).stderr
+    run("serve", "net", "--socket-path", path, "--echo", "--drop", code=2)
+    for wrong in (("--mac", "52:54"), ("--mac", "x"), ("--source", "0"), ("--source", "no")):
+        run("serve", "net", "--socket-path", path, *wrong, code=2)
+    for wrong in (
+        ("--mac", "01:00:5e:00:00:01"),
+        ("--mtu", 67),
+        ("--queue-pairs", 0),
+        ("--queue-size", 0),
+        ("--threads", 0),
+    ):
+        said = run("serve", "net", "--socket-path", path, "--drop", *wrong, code=1).stderr
+        assert said.startswith("vhost serve net: "), said
+    assert "must be 14" in run("serve", "net", "--socket-path", path, "--source", 13, code=1).stderr
+
+
 def test_sighup_after_a_resize(tmp_path: Path, image: Path) -> None:
     path = tmp_path / "s"
     with (

@@ -173,3 +173,8 @@ def test_workers() -> None:
     device = names["Entropy"]()  # type: ignore[operator]
     with vhost.InProcess(device) as ops, vhost.drivers.Rng(ops) as rng:
         assert len(set(rng.read(4096))) > 100
+
+
+def test_network_device(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(examples("docs/net.md")[0], {})
+    assert capsys.readouterr().out == "b'hello' 1\n"

@@ -185,6 +185,7 @@ cdef extern from "virtqueue.h" nogil:
         bint event_idx
         bint in_order
         bint swapped
+        bint read_only
         bint notify_off
         uint32_t inuse
         virtqueue_fault_report report
@@ -369,19 +370,30 @@ cdef extern from "engine_blk.h" nogil:
     void blk_queue_destroy(blk_queue *)
 
 
-cdef extern from "driver_net.h" nogil:
+cdef extern from "virtio_net.h" nogil:
     enum:
-        NET_BURST
         NET_ETH_HDR
+        NET_FRAME_MAX
+        NET_HDR_LEGACY
         NET_HDR_MAX
-        NET_SEQ
-        NET_SLOT_ALIGN
         NET_HDR_F_NEEDS_CSUM
+        NET_VLAN_TAG
 
     struct net_header:
         uint8_t flags
         uint8_t gso_type
         uint16_t num_buffers
+
+
+cdef extern from "net_csum.h" nogil:
+    void net_finish_csum(uint8_t *, uint32_t, const net_header *)
+
+
+cdef extern from "driver_net.h" nogil:
+    enum:
+        NET_BURST
+        NET_SEQ
+        NET_SLOT_ALIGN
 
     struct net_slots:
         uint8_t *host
@@ -425,7 +437,6 @@ cdef extern from "driver_net.h" nogil:
     int net_rx_take(net_rx *, net_in *, unsigned int)
     void net_rx_copy(const net_rx *, const net_in *, uint8_t *)
     int net_rx_release(net_rx *)
-    void net_finish_csum(uint8_t *, uint32_t, const net_header *)
 
     struct net_pump:
         const uint8_t *frame
@@ -440,3 +451,67 @@ cdef extern from "driver_net.h" nogil:
 
     int net_tx_pump(net_tx *, net_pump *, int, int64_t)
     int net_rx_pump(net_rx *, net_pump *, int, int64_t)
+
+
+cdef extern from "net_counters.h" nogil:
+    enum:
+        NET_DROPS
+        NET_DROP_DISABLED
+
+    const char *const *net_drop_names
+
+    struct net_counters:
+        uint64_t tx_frames
+        uint64_t tx_bytes
+        uint64_t rx_frames
+        uint64_t rx_bytes
+        uint64_t *dropped
+
+
+cdef extern from "net_frame.h" nogil:
+    struct net_offloads:
+        bint csum
+        uint8_t gso
+
+    struct net_frame_rules:
+        net_offloads offloads
+        uint32_t hdr_len
+        uint32_t longest
+
+
+cdef extern from "net_receive.h" nogil:
+    struct net_receiver:
+        uint32_t hdr_len
+        uint32_t longest
+        bint mergeable
+        net_offloads offloads
+
+
+cdef extern from "net_wire.h" nogil:
+    struct net_wire_ops:
+        pass
+
+    struct net_pair:
+        const net_wire_ops *wire
+        net_frame_rules rules
+        net_receiver rx
+        net_counters counters
+        net_pair *peer
+        const uint8_t *source
+        uint32_t source_len
+
+    int net_pair_init(net_pair *)
+    void net_pair_destroy(net_pair *)
+
+    const net_wire_ops net_wire_drop
+    const net_wire_ops net_wire_peer
+    const net_wire_ops net_wire_source
+
+
+cdef extern from "engine_net.h" nogil:
+    struct net_queue:
+        engine_queue engine
+        net_pair *pair
+
+    const engine_ops net_transmit_ops
+    const engine_ops net_receive_ops

@@ -164,6 +164,14 @@ cdef class DeviceQueue(Origin):
         return self.vq.swapped
 
     @property
+    def read_only(self):
+        return self.vq.read_only
+
+    @read_only.setter
+    def read_only(self, bint value):
+        self.vq.read_only = value
+
+    @property
     def base(self):
         return virtqueue_base(&self.vq)
 

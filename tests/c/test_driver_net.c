@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "driver_net.h"
+#include "net_csum.h"
 #include "driver_rig.h"
 
 #define SLOT 128u

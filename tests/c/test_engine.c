@@ -70,7 +70,9 @@ static void toy_settle(struct engine_queue *q)
 	q->busy = false;
 }
 
-static const struct engine_ops toy_ops = { toy_serve, toy_has_work, toy_arm, toy_settle };
+static const struct engine_ops toy_ops = {
+	.serve = toy_serve, .has_work = toy_has_work, .arm = toy_arm, .settle = toy_settle
+};
 
 static int an_eventfd(void)
 {

@@ -12,11 +12,13 @@ import contextlib
 import json
 import selectors
 import signal
+import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from vhost.cli import serve_net
 from vhost.cli.arguments import Masks, cpus, features, size, wakeup_on
 
 if TYPE_CHECKING:
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
 # What --print-capabilities says: QEMU's vhost-user.json, BackendCapabilities.
 CAPABILITIES = {
     "blk": {"type": "block", "features": ["read-only", "blk-file"]},
+    "net": {"type": "net"},
     "rng": {"type": "rng"},
 }
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What ``vhost serve`` reacts to: its end, for the first two; look again at what is served; say what was
+counted."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,7 +44,8 @@ def add_commands(commands: Commands) -> None:
     devices = serve.add_subparsers(dest="device", required=True, metavar="DEVICE")
     blk = devices.add_parser("blk", help="a disk on a file or block device")
     rng = devices.add_parser("rng", help="an entropy source")
-    for device in (blk, rng):
+    net = devices.add_parser("net", help="a network interface")
+    for device in (blk, rng, net):
         where = device.add_mutually_exclusive_group()
         where.add_argument("--socket-path", metavar="PATH", help="listen on this Unix socket")
         where.add_argument("--fd", type=int, metavar="FDNUM", help="serve this inherited socket")
@@ -79,6 +87,7 @@ def add_commands(commands: Commands) -> None:
     blk.add_argument("--share", action="store_true", help="let several sessions write at the same time")
     blk.set_defaults(factory=blk_factory)
     rng.set_defaults(factory=rng_factory)
+    serve_net.add_options(net)
     serve.set_defaults(run=run_serve)
 
 
@@ -150,7 +159,7 @@ def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> in
         return device
 
     with (
-        wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup,
+        wakeup_on(*SIGNALS) as wakeup,
         Server(
             factory,
             args.socket_path,
@@ -163,9 +172,8 @@ def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> in
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
 
         def signalled() -> None:
-            if set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+            if react(wakeup, alive):
                 server.close()
-            refresh(alive)
 
         server.add_reader(wakeup.fileno(), signalled)
         server.serve_forever()
@@ -175,7 +183,7 @@ def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> in
 def serve_vduse(args: argparse.Namespace, device: Device) -> int:
     from vhost.kernel.vduse import VduseBackend
 
-    with wakeup_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as wakeup, contextlib.closing(device):
+    with wakeup_on(*SIGNALS) as wakeup, contextlib.closing(device):
         with VduseBackend(device, args.vduse) as backend, selectors.DefaultSelector() as selector:
             selector.register(backend, selectors.EVENT_READ)
             selector.register(wakeup, selectors.EVENT_READ)
@@ -188,15 +196,24 @@ def serve_vduse(args: argparse.Namespace, device: Device) -> int:
                 for key, _ in selector.select():
                     if key.fileobj is backend:
                         serving = backend.step() and serving
-                    elif set(wakeup.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
+                    elif react(wakeup, [device]):
                         serving = False
-                    else:
-                        refresh([device])
     if backend.left_behind:
         print(f"vhost: {backend.left_behind}", file=sys.stderr, flush=True)
     if backend.error:
         raise backend.error
     return 0
+
+
+def react(wakeup: socket.socket, devices: Iterable[Device]) -> bool:
+    """Do what the signals that came ask for; is it the end?"""
+    came = set(wakeup.recv(64))
+    if signal.SIGUSR1 in came:
+        for device in list(devices):
+            print(json.dumps(device.counters()), file=sys.stderr, flush=True)
+    if signal.SIGHUP in came:
+        refresh(devices)
+    return bool(came & {signal.SIGTERM, signal.SIGINT})
 
 
 def refresh(devices: Iterable[Device]) -> None:

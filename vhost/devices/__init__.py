@@ -3,6 +3,7 @@
 
 from vhost.devices.base import Device
 from vhost.devices.blk import Blk
+from vhost.devices.net import Net
 from vhost.devices.rng import Rng
 
-__all__ = ["Blk", "Device", "Rng"]
+__all__ = ["Blk", "Device", "Net", "Rng"]

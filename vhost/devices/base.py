@@ -119,6 +119,12 @@ class Device(Requests):
     def num_queues(self) -> int:
         return len(self.queues)
 
+    @property
+    def announced_queues(self) -> int:
+        """What a vhost-user front-end is told of them (GET_QUEUE_NUM), which of a network device expects
+        pairs, without the control queue."""
+        return len(self.queues)
+
     def queue_name(self, index: int) -> str:
         """The name of a queue, and of the method that serves it."""
         return self.queues[index]
@@ -184,6 +190,10 @@ class Device(Requests):
     def refresh(self) -> None:
         """Look again at what lies behind the device: a file may have been resized. ``vhost serve`` calls
         it on SIGHUP."""
+
+    def counters(self) -> dict[str, int]:
+        """What it has done so far, by name. ``vhost serve`` says it on SIGUSR1. From any thread."""
+        return {}
 
     def close(self) -> None:
         """Let go of what lies behind the device. A server that made the device for a session calls it

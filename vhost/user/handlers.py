@@ -152,7 +152,7 @@ class Handlers(DeviceSession):
             self.enable_ring(ring, False)
 
     def get_queue_num(self, message: Message) -> U64:
-        return U64(len(self.rings))
+        return U64(self.device.announced_queues)
 
     def set_backend_req_fd(self, message: Message) -> None:
         (fd,) = message.take_fds()
