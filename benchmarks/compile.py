@@ -28,9 +28,24 @@ def folder() -> Path:
     return cache
 
 
+RINGS = (
+    "chain",
+    "device_",
+    "dirty_log",
+    "driver_packed",
+    "driver_split",
+    "guest_memory",
+    "inflight",
+    "iotlb",
+    "ring_",
+    "sigbus",
+    "virtqueue",
+)
+
+
 def rings() -> list[Path]:
-    """csrc without the engines: rings and guest memory."""
-    return sorted(path for path in CSRC.glob("*.c") if not path.name.startswith("engine"))
+    """Of csrc what rings and guest memory are, without devices, drivers and what serves them."""
+    return sorted(path for path in CSRC.glob("*.c") if path.name.startswith(RINGS))
 
 
 def library(
