@@ -53,6 +53,8 @@ NET = [
     "csrc/net_receive.c",
     "csrc/net_frame.c",
     "csrc/net_csum.c",
+    "csrc/net_fd.c",
+    "csrc/net_fit.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -3,8 +3,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "net_csum.h"
-#include "net_wire.h"
+#include "net_fd.h"
+#include "net_fit.h"
 
 int net_pair_init(struct net_pair *p)
 {
@@ -20,6 +20,7 @@ int net_pair_init(struct net_pair *p)
 
 void net_pair_destroy(struct net_pair *p)
 {
+	net_fd_disconnect(p);
 	net_receiver_destroy(&p->rx);
 	free(p->scratch);
 	p->scratch = NULL;
@@ -39,34 +40,41 @@ const struct net_wire_ops net_wire_drop = { .send = drop };
 
 /* ------------------------------------------------------------------ another pair */
 
-/* Does the receiver's driver do what the frame leaves to it? */
-static inline bool can_take(const struct net_receiver *r, const struct net_frame *f)
+/* Who gets what this pair sends: a driver need not use all of its pairs, nor the same as another. */
+static struct net_receiver *receiver_of(const struct net_pair *p)
 {
-	if (likely(net_frame_is_plain(f)))
-		return true;
-	return r->offloads.csum && (!f->header.gso_type || net_offloads_gso(&r->offloads, f->header.gso_type));
+	struct net_pair *first = p->peer, *other;
+
+	if (likely(net_receiver_is_open(&first->rx)))
+		return &first->rx;
+	for (other = first->next; other && other != first; other = other->next)
+		if (net_receiver_is_open(&other->rx))
+			return &other->rx;
+	return &first->rx;
 }
 
-static void deliver_finished(struct engine_worker *w, struct net_pair *p, const struct net_frame *f)
+static void deliver_fitted(struct engine_worker *w, struct net_pair *p, struct net_receiver *r, struct net_frame *f)
 {
-	struct iovec iov = { p->scratch, f->len };
-	struct net_frame done = { .len = f->len, .num = 1, .iov = &iov };
+	struct iovec iov;
+	enum net_drop why = net_frame_fit(f, p->scratch, &iov);
 
-	net_frame_copy(f, p->scratch);
-	net_finish_csum(p->scratch, f->len, &f->header);
-	net_receiver_deliver(w, &p->peer->rx, &done, 1);
+	if (why)
+		net_count(&r->counters->dropped[why], 1);
+	else
+		net_receiver_deliver(w, r, f, 1);
 }
 
 static void send_to_peer(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n)
 {
-	struct net_receiver *r = &p->peer->rx;
+	struct net_receiver *r = receiver_of(p);
 	unsigned start = 0, i;
 
-	for (i = 0; i < n; i++) {
-		if (likely(can_take(r, &frames[i])))
+	/* What its driver can do is its owner's to change, until it is open. */
+	for (i = 0; i < n && net_receiver_is_open(r); i++) {
+		if (likely(net_frame_fits(&frames[i], &r->offloads)))
 			continue;
 		net_receiver_deliver(w, r, frames + start, i - start);
-		deliver_finished(w, p, &frames[i]);
+		deliver_fitted(w, p, r, &frames[i]);
 		start = i + 1;
 	}
 	net_receiver_deliver(w, r, frames + start, n - start);

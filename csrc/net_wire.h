@@ -9,6 +9,7 @@
 
 #include "net_receive.h"
 
+struct net_input; /* net_fd.h */
 struct net_pair;
 
 struct net_wire_ops {
@@ -25,8 +26,10 @@ struct net_pair {
 	struct net_frame_rules rules;
 	struct net_receiver rx;
 	struct net_pair *peer; /* whose receive queue gets what is sent; its owner may not be ours */
+	struct net_pair *next; /* another of the same owner and worker, in a circle: in its place if it has none */
 	const uint8_t *source; /* the frame that comes again and again */
 	uint32_t source_len;
+	struct net_input *input; /* a descriptor, and what was read from it */
 	/* The worker's. */
 	struct net_counters counters;
 	uint8_t *scratch; /* NET_FRAME_MAX bytes, for a frame that is worked on */

@@ -40,10 +40,13 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def serving(
-    *arguments: object, end: signal.Signals = signal.SIGTERM, program: list[str] = VHOST
+    *arguments: object,
+    end: signal.Signals = signal.SIGTERM,
+    program: list[str] = VHOST,
+    pass_fds: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     command = [*program, "serve", *(str(argument) for argument in arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds) as server:
         assert server.stderr is not None
         try:
             line = server.stderr.readline()
@@ -162,6 +165,45 @@ def test_a_guest_comes_back_to_the_same_address(tmp_path: Path) -> None:
     assert len(macs) == 1
 
 
+def test_serve_net_on_a_socket(tmp_path: Path) -> None:
+    """One device for all sessions: the socket is there once."""
+    path = tmp_path / "s"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        options = ("--socket-path", path, "--socket-pair", theirs.fileno())
+        with serving("net", *options, pass_fds=(theirs.fileno(),)):
+            for number in range(2):
+                with vhost.Frontend.connect(path) as frontend, vhost.drivers.Net(frontend) as nic:
+                    sent = bytes([2, 0, 0, 0, 0, 1] * 2) + b"\x88\xb5" + bytes([number] * 50)
+                    nic.send(sent)
+                    assert ours.recv(2000) == sent
+                    ours.send(sent)
+                    assert nic.recv(10) == sent
+
+
+def test_serve_net_bridge(tmp_path: Path) -> None:
+    paths = (tmp_path / "a", tmp_path / "b")
+    with serving("net", "--bridge", *paths) as process:
+        for number in range(2):
+            with (
+                vhost.Frontend.connect(paths[0]) as first,
+                vhost.Frontend.connect(paths[1]) as second,
+                vhost.drivers.Net(first) as a,
+                vhost.drivers.Net(second, packed=bool(number)) as b,
+            ):
+                assert a.mac != b.mac
+                sent = b.mac + a.mac + b"\x88\xb5" + bytes([number] * 50)
+                for here, there in ((a, b), (b, a)):
+                    here.send(sent)
+                    assert there.recv(10) == sent
+        process.send_signal(signal.SIGUSR1)
+        assert process.stderr is not None
+        for _ in paths:
+            said = json.loads(process.stderr.readline())
+            assert (said["tx_frames"], said["rx_frames"]) == (2, 2)
+    assert not any(path.exists() for path in paths)
+
+
 def test_serve_net_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s"
     assert "--echo" in run("serve", "net", "--socket-path", path, code=1).stderr
@@ -177,6 +219,17 @@ def test_serve_net_of_nothing(tmp_path: Path) -> None:
     ):
         said = run("serve", "net", "--socket-path", path, "--drop", *wrong, code=1).stderr
         assert said.startswith("vhost serve net: "), said
+    bridge = ("--bridge", tmp_path / "a", tmp_path / "b")
+    for wrong, what in (
+        (("--socket-path", path, *bridge), "one of --socket-path"),
+        ((*bridge, "--mac", "52:54:00:12:34:56"), "--bridge has two"),
+        ((*bridge, "--threads", 0), "threads 0"),
+        ((*bridge, "--queue-pairs", 0), "queue_pairs 0"),
+        (("--socket-path", path, "--socket-pair", 99), "fd 99: Bad file descriptor"),
+        (("--socket-path", path, "--tap", "x" * 16), "limit 15"),
+    ):
+        said = run("serve", "net", *wrong, code=1).stderr
+        assert what in said, said
     assert "must be 14" in run("serve", "net", "--socket-path", path, "--source", 13, code=1).stderr
 
 

@@ -497,6 +497,7 @@ cdef extern from "net_wire.h" nogil:
         net_receiver rx
         net_counters counters
         net_pair *peer
+        net_pair *next
         const uint8_t *source
         uint32_t source_len
 
@@ -506,6 +507,10 @@ cdef extern from "net_wire.h" nogil:
     const net_wire_ops net_wire_drop
     const net_wire_ops net_wire_peer
     const net_wire_ops net_wire_source
+
+
+cdef extern from "net_fd.h" nogil:
+    int net_fd_connect(net_pair *, int, bint)
 
 
 cdef extern from "engine_net.h" nogil:

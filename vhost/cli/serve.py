@@ -24,6 +24,7 @@ from vhost.cli.arguments import Masks, cpus, features, size, wakeup_on
 if TYPE_CHECKING:
     from vhost.cli.arguments import Commands
     from vhost.devices.base import Device
+    from vhost.user.server import DeviceSource, Server
 
 # What --print-capabilities says: QEMU's vhost-user.json, BackendCapabilities.
 CAPABILITIES = {
@@ -138,46 +139,84 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.print_capabilities:
         print(json.dumps(CAPABILITIES[args.device], indent=2))
         return 0
-    if args.socket_path is None and args.fd is None and args.vduse is None:
-        raise SystemExit("vhost serve: one of --socket-path, --fd and --vduse is needed")
+    where = [args.socket_path, args.fd, args.vduse, getattr(args, "bridge", None)]
+    if where.count(None) != len(where) - 1:
+        raise SystemExit("vhost serve: one of --socket-path, --fd, --vduse and a bridge's sockets is needed")
 
+    from vhost.devices.base import Device
     from vhost.memory import install_sigbus_handler
 
     install_sigbus_handler()
-    make = args.factory(args)
-    return serve_vduse(args, make()) if args.vduse else serve_vhost_user(args, make)
+    if getattr(args, "bridge", None):
+        return serve_vhost_user(args, serve_net.bridge(args))
+    source = args.factory(args)
+    if args.vduse:
+        return serve_vduse(args, source if isinstance(source, Device) else source())
+    return serve_vhost_user(args, [(args.socket_path, source)])
 
 
-def serve_vhost_user(args: argparse.Namespace, make: Callable[[], Device]) -> int:
+def serve_vhost_user(args: argparse.Namespace, sources: Sequence[tuple[str | None, DeviceSource]]) -> int:
+    """Each device on its path, or the only one on the descriptor that was inherited."""
+    from vhost.devices.base import Device
     from vhost.user.server import Server
 
     alive: weakref.WeakSet[Device] = weakref.WeakSet()
 
-    def factory() -> Device:
-        device: Device = make()
-        alive.add(device)
-        return device
+    def noted(source: DeviceSource) -> DeviceSource:
+        if isinstance(source, Device):
+            alive.add(source)
+            return source
 
-    with (
-        wakeup_on(*SIGNALS) as wakeup,
-        Server(
-            factory,
-            args.socket_path,
-            fd=args.fd,
-            without=args.without.protocol,
-            without_features=args.without.virtio,
-        ) as server,
-    ):
-        where = args.socket_path or f"fd {args.fd}"
+        def make() -> Device:
+            device = source()
+            alive.add(device)
+            return device
+
+        return make
+
+    with contextlib.ExitStack() as stack:
+        for _, source in sources:
+            if isinstance(source, Device):
+                stack.callback(source.close)
+        wakeup = stack.enter_context(wakeup_on(*SIGNALS))
+        servers = [
+            stack.enter_context(
+                Server(
+                    noted(source),
+                    path,
+                    fd=args.fd,
+                    without=args.without.protocol,
+                    without_features=args.without.virtio,
+                )
+            )
+            for path, source in sources
+        ]
+        where = " and ".join(path or f"fd {args.fd}" for path, _ in sources)
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
 
         def signalled() -> None:
             if react(wakeup, alive):
-                server.close()
+                for server in servers:
+                    server.close()
 
-        server.add_reader(wakeup.fileno(), signalled)
-        server.serve_forever()
+        servers[0].add_reader(wakeup.fileno(), signalled)
+        if len(servers) == 1:
+            servers[0].serve_forever()
+        else:
+            serve_together(servers)
     return 0
+
+
+def serve_together(servers: Sequence[Server]) -> None:
+    """Until they are closed, which happens to all of them at once."""
+    with selectors.DefaultSelector() as selector:
+        for server in servers:
+            selector.register(server, selectors.EVENT_READ)
+        while not servers[0].closed:
+            waits = [server.timeout for server in servers if server.timeout is not None]
+            selector.select(min(waits, default=None))
+            for server in servers:
+                server.step()
 
 
 def serve_vduse(args: argparse.Namespace, device: Device) -> int:

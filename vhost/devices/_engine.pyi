@@ -13,6 +13,10 @@ class Engine:
 
     def __init__(self, workers: int, name: str, cpus: Sequence[int] = ()) -> None: ...
     @property
+    def workers(self) -> int:
+        """How many there are."""
+
+    @property
     def notice(self) -> int:
         """An eventfd that is signalled when a queue, or memory below one, broke, or misses a
         mapping. Nobody reads it: watch it edge-triggered."""

@@ -51,6 +51,10 @@ cdef class Engine:
     def notice(self):
         return engine_notice(&self.c)
 
+    @property
+    def workers(self):
+        return self.c.nworkers
+
     cdef int hand_over(self, EngineQueue one, unsigned int worker) except -1:
         cdef DeviceQueue queue = one.queue
         cdef engine_queue_config cfg

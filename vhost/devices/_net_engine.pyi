@@ -33,8 +33,19 @@ class NetPair:
         the driver may leave to the device, ``guest_*``: the other way; ``*_gso`` has a bit for each type, by
         its number, and ECN's."""
 
-    def echo(self) -> None:
-        """What is sent comes back."""
+    def connect(self, peer: NetPair) -> None:
+        """What is sent goes to that pair's receive queue. To itself: it comes back."""
+
+    def join(self, next: NetPair) -> None:
+        """The next of the pairs that may receive in this one's place, in a circle: those of the same device
+        that the same worker has."""
+
+    def disconnect(self) -> None:
+        """What is sent goes nowhere."""
+
+    def open(self, fd: int, socket: bool) -> None:
+        """Frames go to and come from a descriptor that does not block: a socket of messages, or a tap. It
+        must stay open while a queue of the pair is attached."""
 
     def repeat(self, frame: bytes) -> None:
         """This frame comes, as often as there is a buffer for it."""

@@ -16,24 +16,33 @@ DROPS = tuple((<bytes> net_drop_names[i]).decode() for i in range(1, NET_DROPS))
 
 
 @cython.final
-@cython.no_gc
 cdef class NetPair:
-    """Refers to no pair but by address: those that are connected to each other are kept by their queues,
-    while these are attached."""
+    """The collector's, unlike all else here: pairs refer to each other. While a queue is attached, that one
+    keeps its pair, and so all that this leads to."""
 
     cdef net_pair c
     cdef bint ready
+    cdef int users
     cdef bytes frame
+    cdef NetPair peer
+    cdef NetPair next
+    cdef int fd
 
     def __cinit__(self):
         if net_pair_init(&self.c):
             raise MemoryError()
         self.ready = True
+        self.fd = -1
         self.c.wire = &net_wire_drop
 
     def __dealloc__(self):
         if self.ready:
             net_pair_destroy(&self.c)
+
+    cdef int must_be_idle(self) except -1:
+        if self.users:
+            raise ValueError(f"{self.users} queue(s) of the pair are attached")
+        return 0
 
     def configure(
         self,
@@ -46,6 +55,7 @@ cdef class NetPair:
         bint guest_csum,
         uint8_t guest_gso,
     ):
+        self.must_be_idle()
         if hdr_len not in (NET_HDR_LEGACY, NET_HDR_MAX) or (mergeable and hdr_len != NET_HDR_MAX):
             raise ValueError(f"header of {hdr_len} bytes")
         self.c.rules.hdr_len = self.c.rx.hdr_len = hdr_len
@@ -56,13 +66,33 @@ cdef class NetPair:
         self.c.rx.offloads.csum = guest_csum
         self.c.rx.offloads.gso = guest_gso
 
-    def echo(self):
-        self.c.peer = &self.c
+    def connect(self, NetPair peer not None):
+        self.must_be_idle()
+        self.peer = peer if peer is not self else None
+        self.c.peer = &peer.c
         self.c.wire = &net_wire_peer
+
+    def join(self, NetPair next not None):
+        self.must_be_idle()
+        self.next = next if next is not self else None
+        self.c.next = &next.c
+
+    def disconnect(self):
+        self.must_be_idle()
+        self.c.wire = &net_wire_drop
+        self.c.peer = self.c.next = NULL
+        self.peer = self.next = None
+
+    def open(self, int fd, bint socket):
+        self.must_be_idle()
+        if net_fd_connect(&self.c, fd, socket):
+            raise MemoryError()
+        self.fd = fd
 
     def repeat(self, bytes frame not None):
         if not NET_ETH_HDR <= len(frame) <= NET_FRAME_MAX:
             raise ValueError(f"frame of {len(frame)} bytes, must be {NET_ETH_HDR} to {NET_FRAME_MAX}")
+        self.must_be_idle()
         self.frame = frame
         self.c.source = <const uint8_t *> <const char *> frame
         self.c.source_len = len(frame)
@@ -90,8 +120,13 @@ cdef class NetEngine(Engine):
     def attach(self, DeviceQueue queue not None, NetPair pair not None, unsigned int worker, bint transmit):
         cdef _NetQueue one = _NetQueue(queue)
         one.pair = pair
+        pair.users += 1
         one.c.pair = &pair.c
-        one.ops = &net_transmit_ops if transmit else &net_receive_ops
+        if transmit:
+            one.ops = &net_transmit_ops
+        else:
+            one.ops = &net_receive_ops
+            one.source = pair.fd
         self.hand_over(one, worker)
 
 
@@ -103,3 +138,7 @@ cdef class _NetQueue(EngineQueue):
 
     def __cinit__(self, DeviceQueue queue):
         self.engine = &self.c.engine
+
+    def __dealloc__(self):
+        if self.pair is not None:
+            self.pair.users -= 1

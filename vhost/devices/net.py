@@ -6,7 +6,6 @@ Knows what the driver is told and what was negotiated. Frames are moved by the C
 
 from __future__ import annotations
 
-import os
 import random
 
 from vhost.device_queue import DeviceQueue
@@ -74,9 +73,9 @@ class Net(Device):
         self.mtu = mtu or wire.max_mtu
         self._served: set[DeviceQueue] = set()
         self.pairs = [NetPair() for _ in range(queue_pairs)]
+        self.engine: NetEngine | None = wire.make_engine(queue_pairs, threads)
+        self._workers = self.engine.workers
         wire.connect(self.pairs, self.mac)
-        self._workers = min(queue_pairs, threads or len(os.sched_getaffinity(0)))
-        self.engine: NetEngine | None = NetEngine(self._workers, "vhost-net")
         self.notice = self.engine.notice
         self.features = wire.features | int(NetF.MAC | NetF.STATUS | NetF.MRG_RXBUF)
         if mtu is not None:
@@ -124,6 +123,7 @@ class Net(Device):
 
     def _configure(self) -> None:
         negotiated = self.negotiated
+        self.wire.configure(negotiated)
         longest = self.mtu + ETH_HEADER + VLAN_TAG
         for pair in self.pairs:
             pair.configure(
@@ -143,6 +143,8 @@ class Net(Device):
             self._configure()
         pair, transmit = queue.index // 2, bool(queue.index % 2)
         queue.read_only = transmit
+        if not transmit:
+            self.wire.set_receiving(pair, True)
         self.engine.attach(queue, self.pairs[pair], pair % self._workers, transmit)
         self._served.add(queue)
         return True
@@ -150,7 +152,10 @@ class Net(Device):
     def stop_queue(self, queue: DeviceQueue) -> None:
         if self.engine is not None:
             self.engine.detach(queue)
-        self._served.discard(queue)
+        if queue in self._served:
+            self._served.remove(queue)
+            if not queue.index % 2:
+                self.wire.set_receiving(queue.index // 2, False)
 
     def hold_queue(self, queue: DeviceQueue) -> bool:
         if self.engine is None:
