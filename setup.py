@@ -43,6 +43,7 @@ BLK = [
     "csrc/engine_blk.c",
     "csrc/blk_request.c",
     "csrc/blk_disk.c",
+    "csrc/blk_map.c",
     "csrc/blk_merge.c",
     "csrc/blk_pool.c",
     "csrc/blk_uring.c",

@@ -8,6 +8,7 @@
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -18,12 +19,16 @@
 enum blk_pace blk_disk_pace(int fd)
 {
 	struct statfs fs;
+	struct stat st;
 	int flags = fcntl(fd, F_GETFL);
 
 	if (fd < 0)
 		return BLK_MEMORY;
-	if (flags < 0 || flags & O_DIRECT || fstatfs(fd, &fs))
+	if (flags < 0 || flags & O_DIRECT || fstat(fd, &st) || fstatfs(fd, &fs))
 		return BLK_WAITS;
+	/* The file system of a block device is that of its node, which is tmpfs on most machines. */
+	if (!S_ISREG(st.st_mode))
+		return BLK_CACHED;
 	return fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC ? BLK_MEMORY : BLK_CACHED;
 }
 
@@ -45,6 +50,11 @@ static int move(const struct blk_disk *disk, bool write, struct blk_span *s, uin
 {
 	ssize_t n;
 
+	/* Memory is as stable as what is on tmpfs can be. */
+	if (disk->map && likely(blk_map_move(disk->map, write, s, *at))) {
+		*at += s->len;
+		s->len = 0;
+	}
 	while (s->len) {
 		n = move_once(disk->fd, write, s, *at, flags);
 		if (unlikely(n <= 0)) {
@@ -53,6 +63,8 @@ static int move(const struct blk_disk *disk, bool write, struct blk_span *s, uin
 			/* 0: the file ends below the capacity that we announced. */
 			return n < 0 ? -errno : -EIO;
 		}
+		if (disk->map && write)
+			blk_map_filled(disk->map, *at, n);
 		*at += n;
 		if (likely((size_t)n == s->len)) {
 			s->len = 0;
@@ -127,6 +139,8 @@ int blk_disk_discard(const struct blk_disk *disk, uint64_t offset, uint64_t len)
 {
 	if (disk->block_device)
 		return range_ioctl(disk->fd, BLKDISCARD, offset, len);
+	if (disk->map)
+		blk_map_emptied(disk->map, offset, len);
 	return range_fallocate(disk->fd, FALLOC_FL_PUNCH_HOLE, offset, len);
 }
 
@@ -136,6 +150,8 @@ int blk_disk_zero(const struct blk_disk *disk, uint64_t offset, uint64_t len, bo
 
 	if (disk->block_device)
 		return range_ioctl(disk->fd, BLKZEROOUT, offset, len);
+	if (unmap && disk->map)
+		blk_map_emptied(disk->map, offset, len);
 	if (unmap)
 		rc = range_fallocate(disk->fd, FALLOC_FL_PUNCH_HOLE, offset, len);
 	if (rc == -EOPNOTSUPP)

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "blk_map.h"
 #include "blk_span.h"
 
 #define BLK_SECTOR_SHIFT 9
@@ -25,6 +26,7 @@ enum blk_pace {
 struct blk_disk {
 	int fd;		   /* -1: the null device, which moves no data at all */
 	enum blk_pace pace;
+	struct blk_map *map; /* NULL: none; the owner's */
 	bool read_only;
 	bool block_device; /* discards by ioctl rather than by punching holes */
 	uint64_t capacity; /* 512-byte sectors */

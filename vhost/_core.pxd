@@ -291,6 +291,17 @@ cdef extern from "blk_request.h" nogil:
         BLK_RANGES_MAX
 
 
+cdef extern from "blk_map.h" nogil:
+    struct blk_map:
+        char *base
+        uint64_t size
+        int broken
+
+    blk_map *blk_map_new(int, bint)
+    void blk_map_free(blk_map *)
+    bint blk_map_broken(const blk_map *)
+
+
 cdef extern from "blk_disk.h" nogil:
     enum:
         BLK_ID_BYTES
@@ -303,6 +314,7 @@ cdef extern from "blk_disk.h" nogil:
     struct blk_disk:
         int fd
         blk_pace pace
+        blk_map *map
         bint read_only
         bint block_device
         uint64_t capacity

@@ -3,8 +3,10 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from vhost._core cimport LOAD_ACQUIRE, guest_memory
 
-# The process has one count of SIGBUS repairs, and this module's copy of the C core keeps it.
+# The process has one handler of SIGBUS, and this module's copy of the C core has it.
 cdef const int *sigbus_count() noexcept
+cdef int sigbus_watch(void *base, size_t size, int *broken) noexcept
+cdef void sigbus_unwatch(int handle) noexcept
 
 
 cdef class Region:

@@ -21,7 +21,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EEXIST, ENOMEM, errno
+from libc.errno cimport EEXIST, ENOMEM, EPERM, errno
 from libc.stdlib cimport free, malloc
 from posix.mman cimport MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
@@ -37,6 +37,15 @@ MAX_REGIONS = GUEST_MEMORY_MAX_REGIONS
 
 cdef const int *sigbus_count() noexcept:
     return sigbus_repairs()
+
+
+cdef int sigbus_watch(void *base, size_t size, int *broken) noexcept:
+    """A handle, or a negative errno (-EPERM: this program does not handle SIGBUS)."""
+    return sigbus_register(base, size, broken) if sigbus_installed() else -EPERM
+
+
+cdef void sigbus_unwatch(int handle) noexcept:
+    sigbus_unregister(handle)
 
 
 def has_sigbus_handler():

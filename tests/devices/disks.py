@@ -20,13 +20,13 @@ from vhost.devices._blk_engine import probe_io_uring
 from vhost.devices.blk import Blk
 from vhost.errors import QueueBroken
 from vhost.features import BlkF
-from vhost.memory import GuestMemory, Region
+from vhost.memory import GuestMemory, Region, install_sigbus_handler
 from vhost.user.frontend import Frontend
 from vhost.user.server import Server
 from vhost.virtio_blk import HEADER
 from vhost.virtqueue import DeviceQueue, DriverQueue
 
-HANDLERS = ("sync", "threads", "io_uring", "python")
+HANDLERS = ("sync", "threads", "io_uring", "mapped", "python")
 BASE = 1 << 33
 REGION = 1 << 16
 SEGMENT = struct.Struct("<QII")
@@ -34,11 +34,16 @@ Bufs = Sequence[tuple[int, int]]
 
 
 def how(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do."""
+    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do; mapped is what a
+    file on tmpfs is, wherever it is, in a program that survives others truncating it."""
     if name == "python":
         return {"handler": name}
     if name == "io_uring" and (why := probe_io_uring()):
         pytest.skip(f"io_uring: {os.strerror(why)}")
+    if name == "mapped":
+        install_sigbus_handler()
+        monkeypatch.setattr(Blk, "_pace", "memory")
+        return {}
     if name != "sync":
         monkeypatch.setattr(Blk, "_pace", "waits")
     return {"aio": name}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import fds
-from devices.disks import HANDLERS, Ring, how, pattern, ring, serving, wait_for
+from devices.disks import HANDLERS, SEGMENT, Ring, how, pattern, ring, serving, wait_for
 from devices.load import Load
 from rig import Rig
 from vhost.devices._blk_engine import MAX_RANGES
@@ -28,7 +28,7 @@ from vhost.errors import DeviceBusy, RequestFailed
 from vhost.features import BlkF, DeviceId, ProtocolF, VirtioF
 from vhost.memory import GuestMemory, Region
 from vhost.user.frontend import WANTED, Frontend
-from vhost.virtio_blk import BlkConfig, BlkType
+from vhost.virtio_blk import BlkConfig, BlkStatus, BlkType
 
 SECTORS = 2048
 SIZE = SECTORS * 512
@@ -161,6 +161,84 @@ def test_writethrough_without_flush(image: Path, handler: dict[str, str]) -> Non
         data = pattern(4096, seed=2)
         assert disk.request(BlkType.OUT, 8, data=data)[:2] == (0, 1)
     assert image.read_bytes()[4096:8192] == data
+
+
+# -- a file as memory ------------------------------------------------------------------------------
+
+
+def maps_of(image: Path) -> int:
+    with open("/proc/self/maps") as maps:
+        return sum(line.rstrip().endswith(str(image)) for line in maps)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_one_map_for_all_who_share_a_file(
+    image: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool, no_leaks: None
+) -> None:
+    """And it goes with the last of them, or with the file's size."""
+    options = how("mapped", monkeypatch)
+    devices = [Blk(image, share=True, read_only=read_only, **options) for _ in range(3)]
+    assert maps_of(image) == 1
+    os.truncate(image, SIZE * 2)
+    devices.append(Blk(image, share=True, read_only=read_only, **options))
+    assert maps_of(image) == 2
+    with ring(devices[0]) as disk:
+        assert disk.request(BlkType.IN, SECTORS - 8, room=4096)[2] == pattern(SIZE)[-4096:]
+    for device in devices:
+        device.close()
+    del device, devices, disk
+    gc.collect()
+    assert maps_of(image) == 0
+
+
+def test_a_file_that_others_truncated_is_mapped_anew(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = how("mapped", monkeypatch)
+    with ring(Blk(image, share=True, **options)) as disk:
+        os.truncate(image, 0)
+        os.truncate(image, SIZE)
+        image.write_bytes(pattern(SIZE, seed=3))  # which truncates it, too
+        assert disk.request(BlkType.IN, SECTORS - 8, room=4096)[2] == pattern(SIZE, seed=3)[-4096:]
+        os.truncate(image, SIZE // 2)
+        assert disk.request(BlkType.IN, SECTORS - 8, room=4096)[0] == BlkStatus.IOERR
+        image.write_bytes(pattern(SIZE, seed=4))
+        # By system calls, as before; a session that begins now has a map of its own.
+        assert disk.request(BlkType.IN, SECTORS - 8, room=4096)[2] == pattern(SIZE, seed=4)[-4096:]
+        before = maps_of(image)
+        with ring(Blk(image, share=True, **options)) as other:
+            assert maps_of(image) == before + 1
+            assert other.request(BlkType.IN, SECTORS - 8, room=4096)[2] == pattern(SIZE, seed=4)[-4096:]
+
+
+@pytest.mark.parametrize("kind", [BlkType.DISCARD, BlkType.WRITE_ZEROES])
+def test_what_is_read_of_a_hole_does_not_fill_it(
+    image: Path, handler: dict[str, str], kind: int, no_leaks: None
+) -> None:
+    with ring(Blk(image, **handler)) as disk:
+        assert disk.request(BlkType.IN, 0, room=32768)[0] == 0
+        before = image.stat().st_blocks
+        assert disk.request(kind, 0, data=SEGMENT.pack(0, 64, kind == BlkType.WRITE_ZEROES))[0] == 0
+        holes = image.stat().st_blocks
+        assert holes < before
+        assert disk.request(BlkType.IN, 0, room=32768)[2] == bytes(32768)
+        assert image.stat().st_blocks == holes
+
+
+def test_not_mapped_where_a_truncated_file_would_end_the_process(image: Path) -> None:
+    """That is, in any program that does not ask for it (vhost.memory.install_sigbus_handler)."""
+    script = """
+import sys
+from vhost.devices.blk import Blk
+from vhost.memory import install_sigbus_handler
+Blk._pace = "memory"
+def mapped():
+    device = Blk(sys.argv[1], share=True)
+    with open("/proc/self/maps") as maps:
+        return sys.argv[1] in maps.read()
+assert not mapped()
+install_sigbus_handler()
+assert mapped()
+"""
+    subprocess.run([sys.executable, "-c", script, str(image)], check=True, timeout=60)
 
 
 # -- another size ----------------------------------------------------------------------------------

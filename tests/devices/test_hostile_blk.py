@@ -247,11 +247,14 @@ def test_answer_goes_into_the_ring_itself(disk: Ring) -> None:
 
 
 def test_the_file_ends_below_the_capacity(disk: Ring, image: Path) -> None:
-    os.truncate(image, SIZE - 1024)
-    status, written, _ = disk.request(BlkType.IN, SECTORS - 4, room=2048)
+    assert disk.request(BlkType.IN, SECTORS - 12, room=6144)[0] == OK
+    os.truncate(image, SIZE - 4096)
+    status, written, _ = disk.request(BlkType.IN, SECTORS - 12, room=6144)
     assert status == IOERR
-    assert 1 <= written <= 1025
-    os.truncate(image, SIZE)
+    assert 1 <= written <= 2049
+    # What is written there, there is again.
+    assert disk.request(BlkType.OUT, SECTORS - 8, data=b"x" * 4096)[:2] == (OK, 1)
+    assert image.read_bytes() == CONTENT[: SIZE - 4096] + b"x" * 4096
 
 
 # -- discard and write-zeroes ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 """The block engine for Python: csrc/engine_blk.h. Knows queues and disks, no device and no session."""
 
 import os
+from weakref import WeakValueDictionary
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
@@ -10,6 +11,7 @@ from libc.string cimport memcpy
 from vhost._core cimport *
 from vhost.device_queue cimport DeviceQueue
 from vhost.devices._engine cimport Engine, EngineQueue
+from vhost.memory cimport sigbus_unwatch, sigbus_watch
 
 __all__ = ["AIO", "MAX_RANGES", "BlkEngine", "Disk", "probe_io_uring"]
 
@@ -23,8 +25,47 @@ def probe_io_uring():
 
 
 @cython.final
+@cython.no_gc
+cdef class _Map:
+    """A file as memory, of use if it has a handle: then whoever truncates it does not end this process."""
+    cdef object __weakref__
+    cdef blk_map *c
+    cdef int handle
+
+    def __cinit__(self, int fd, bint read_only):
+        self.handle = -1
+        self.c = blk_map_new(fd, read_only)
+        if self.c:
+            self.handle = sigbus_watch(self.c.base, self.c.size, &self.c.broken)
+
+    def __dealloc__(self):
+        if self.handle >= 0:
+            sigbus_unwatch(self.handle)
+        blk_map_free(self.c)
+
+
+# One for a file, and not one for each session that shares it: page tables grow with maps.
+_maps = WeakValueDictionary()
+
+
+cdef _Map map_of(int fd, bint read_only):
+    """None: it cannot be mapped."""
+    cdef _Map found
+    file = os.fstat(fd)
+    key = file.st_dev, file.st_ino, file.st_size, read_only
+    found = _maps.get(key)
+    if found is None or blk_map_broken(found.c):
+        found = _Map(fd, read_only)
+        if found.handle < 0:
+            return None
+        _maps[key] = found
+    return found
+
+
+@cython.final
 cdef class Disk:
     cdef blk_disk c
+    cdef _Map map
 
     def __cinit__(
         self,
@@ -43,6 +84,10 @@ cdef class Disk:
             raise ValueError(f"serial of {len(serial)} bytes, limit {BLK_ID_BYTES}")
         self.c.fd = fd
         self.c.pace = blk_disk_pace(fd) if pace is None else _PACES[pace]
+        if fd >= 0 and self.c.pace == BLK_MEMORY:
+            self.map = map_of(fd, read_only)
+            if self.map is not None:
+                self.c.map = self.map.c
         self.c.read_only = read_only
         self.c.block_device = block_device
         self.c.capacity = capacity
