@@ -34,8 +34,8 @@ Bufs = Sequence[tuple[int, int]]
 
 
 def how(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do; mapped is what a
-    file on tmpfs is, wherever it is, in a program that survives others truncating it."""
+    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do; mapped is what
+    a file on tmpfs is, wherever it is, in a program that survives that others truncate it."""
     if name == "python":
         return {"handler": name}
     if name == "io_uring" and (why := probe_io_uring()):

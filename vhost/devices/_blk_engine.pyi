@@ -20,8 +20,8 @@ class Disk:
     """What requests are run on: ``fd`` (-1: null) with ``capacity`` sectors of 512 bytes. The descriptor
     stays the caller's, and open as long as a queue is attached. ``pace``: "memory" if nobody ever waits for
     it, "cached" if the kernel can say (RWF_NOWAIT), otherwise "waits"; None: as the file system is.
-    With "memory" what is in the file is copied without a system call, if this program survives others truncating it
-    (``vhost.memory.install_sigbus_handler``)."""
+    With "memory" what is in the file is copied without a system call, if this program survives that
+    others truncate it (``vhost.memory.install_sigbus_handler``)."""
 
     def __init__(
         self,
