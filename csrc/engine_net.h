@@ -14,6 +14,9 @@ struct net_queue {
 	struct net_pair *pair; /* the owner's, until the queue is detached */
 };
 
+/* A frame for the driver of a receive queue that is attached, from any thread. It is dropped if there is no room. */
+void net_queue_deliver(struct net_queue *q, const void *frame, uint32_t len);
+
 extern const struct engine_ops net_transmit_ops, net_receive_ops;
 
 #endif

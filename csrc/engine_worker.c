@@ -166,7 +166,8 @@ static void keep_off(struct engine_worker *w)
 	struct engine_queue *q;
 
 	if (w->hold) {
-		for (q = w->queues; q; q = q->next)
+		/* Had we slept, nothing was in flight, and they are somebody else's already. */
+		for (q = w->parked ? NULL : w->queues; q; q = q->next)
 			settle(q);
 		w->parked = true;
 		pthread_cond_broadcast(&w->handed_over);

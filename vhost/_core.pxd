@@ -530,5 +530,7 @@ cdef extern from "engine_net.h" nogil:
         engine_queue engine
         net_pair *pair
 
+    void net_queue_deliver(net_queue *, const void *, uint32_t)
+
     const engine_ops net_transmit_ops
     const engine_ops net_receive_ops

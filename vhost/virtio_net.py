@@ -12,6 +12,8 @@ from vhost.features import NetF, VirtioF
 
 ETH_HEADER = 14
 """The shortest frame that there is: two addresses and a type."""
+ETH_MIN_FRAME = 60
+"""Shorter ones are padded on a real wire."""
 ETH_MIN_MTU = 68
 BIG_BUFFER = 65562
 """A receive buffer that holds any segmented packet, header included (5.1.6.3.1)."""
@@ -70,6 +72,12 @@ class NetHeader:
 def header_size(features: int) -> int:
     """Bytes of the header after these features were negotiated (5.1.6.1)."""
     return NetHeader.SIZE if features & (VirtioF.VERSION_1 | NetF.MRG_RXBUF) else LEGACY_HEADER
+
+
+def rarp_request(mac: bytes) -> bytes:
+    """A frame that says where an address is, and asks for nothing that anybody would answer (RFC 903)."""
+    arp = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 3) + (mac + bytes(4)) * 2
+    return (b"\xff" * 6 + mac + b"\x80\x35" + arp).ljust(ETH_MIN_FRAME, b"\0")
 
 
 class NetStatus(IntFlag):

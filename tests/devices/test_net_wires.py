@@ -9,6 +9,7 @@ import os
 import random
 import select
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ import pytest
 from devices.disks import serving
 from drivers.net_device import frame
 from vhost.devices.net import Net
-from vhost.devices.net_wires import Bridge, Packets, TapWire, Wire
+from vhost.devices.net_wires import Bridge, Drop, Echo, Packets, Source, TapWire, Wire
 from vhost.drivers import Net as Driver
 from vhost.features import NetF
 from vhost.inprocess import InProcess
 from vhost.kernel.tap import Tap
 from vhost.user.frontend import Frontend
-from vhost.virtio_net import NetGso, NetHdrF, NetHeader
+from vhost.virtio_net import NetGso, NetHdrF, NetHeader, rarp_request
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
@@ -240,6 +241,22 @@ def test_an_interface_that_is_down() -> None:
         device.close()
 
 
+def test_several_queues_of_a_tap() -> None:
+    """Only those take part that have a receive queue; so nothing is sent to where nobody looks."""
+    with tap(queue_pairs=3) as (it, far):
+        device = Net(TapWire(it), queue_pairs=3)
+        for pairs in (3, 1, 2):
+            with InProcess(device) as ops, Driver(ops, queue_pairs=pairs, timeout=10) as nic:
+                for number in range(100):
+                    sent = frame(60, number)
+                    nic.send(sent, pair=number % pairs)
+                    assert far.recv(2000) == sent
+                    far.send(sent)
+                    assert nic.recv(10) == sent
+        assert device.dropped == 0
+        device.close()
+
+
 def test_taps_that_do_not_fit() -> None:
     with tap() as (it, _), pytest.raises(ValueError, match="2 pairs of queues, and a tap with 1"):
         Net(TapWire(it), queue_pairs=2)
@@ -261,8 +278,9 @@ def bridged(*, threads: int = 1, **options: Any) -> Iterator[tuple[Net, Net]]:
             device.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("packed", [(False, False), (True, True), (False, True)])
-def test_bridge(packed: tuple[bool, bool], threads: int = 1) -> None:
+def test_bridge(packed: tuple[bool, bool], threads: int) -> None:
     with (
         bridged(threads=threads, queue_pairs=threads) as devices,
         nic_on(devices[0], packed=packed[0], queue_pairs=threads) as a,
@@ -308,6 +326,21 @@ def test_bridge_to_one_who_does_not_read() -> None:
         sent = frame(61)
         a.send(sent)
         assert b.recv(10) == sent
+
+
+@pytest.mark.parametrize("used", [(1, 3), (3, 1), (2, 3)])
+def test_bridge_of_drivers_that_use_not_all_pairs(used: tuple[int, int]) -> None:
+    with (
+        bridged(queue_pairs=3) as devices,
+        nic_on(devices[0], queue_pairs=used[0]) as a,
+        nic_on(devices[1], queue_pairs=used[1]) as b,
+    ):
+        for here, there, pairs in ((a, b, used[0]), (b, a, used[1])):
+            for number in range(30):
+                sent = frame(60, number)
+                here.send(sent, pair=number % pairs)
+                assert there.recv(10) == sent
+        assert [device.dropped for device in devices] == [0, 0]
 
 
 def test_what_bridged_drivers_leave_to_each_other() -> None:
@@ -357,12 +390,82 @@ def test_bridges_that_cannot_be() -> None:
         Bridge(threads=0)
     bridge = Bridge()
     Net(bridge.ends[0], queue_pairs=2)
-    with pytest.raises(ValueError, match="has a device"):
+    with pytest.raises(ValueError, match="has, or had, a device"):
         Net(bridge.ends[0], queue_pairs=2)
     with pytest.raises(ValueError, match="the bridge's other device has 2"):
         Net(bridge.ends[1])
     with pytest.raises(ValueError, match="a bridge has its own"):
         Net(bridge.ends[1], queue_pairs=2, threads=2)
+
+
+# -- what a device says in its driver's name -------------------------------------------------------
+
+
+def test_rarp_over_each_wire(tmp_path: Path) -> None:
+    mac = bytes.fromhex("525400abcdef")
+    with packets() as (device, far), serving(device, tmp_path / "s") as server, server.connect() as frontend:
+        frontend.send_rarp(mac)
+        assert far.recv(2000) == rarp_request(mac)
+    with tap() as (it, far):
+        device = Net(TapWire(it))
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x8035)) as listener:
+            listener.bind((it.name, 0x8035))
+            listener.settimeout(10)
+            device.send_rarp(mac)
+            assert listener.recv(2000) == rarp_request(mac)
+        device.close()
+    with bridged() as (one, other):
+        one.send_rarp(mac)  # there is nobody
+        with nic_on(other) as nic:
+            for _ in range(100):
+                one.send_rarp(mac)
+                assert nic.recv(10) == rarp_request(mac)
+    for wire in (Drop(), Echo(), Source(60)):
+        device = Net(wire)
+        device.send_rarp(mac)
+        device.close()
+
+
+def test_rarp_is_one() -> None:
+    mac = bytes.fromhex("525400abcdef")
+    arp = bytes.fromhex("000108000604 0003") + mac + bytes(4) + mac + bytes(4)
+    assert rarp_request(mac) == b"\xff" * 6 + mac + b"\x80\x35" + arp + bytes(18)
+
+
+@BOTH
+def test_frames_from_elsewhere_under_load(packed: bool) -> None:
+    """Another thread gives the driver frames, into buffers that the worker uses at the same time."""
+    with bridged() as (one, other), nic_on(one) as a, nic_on(other, packed=packed, queue_size=1024) as b:
+        extra = [b"\xff" * 6 + frame(60, number)[6:] for number in range(300)]
+        thread = threading.Thread(target=lambda: [other.deliver(one) for one in extra])
+        thread.start()
+        sent, got = [], []
+        for number in range(300):
+            burst = [frame(100, number)] * 10
+            sent += burst[: a.send_batch(burst)]
+            while len(got) < len(sent):
+                got += b.recv_batch(64, 10)
+        thread.join()
+        while len(got) < len(sent) + len(extra):
+            got += b.recv_batch(64, 10)
+        assert [one for one in got if one[0] != 0xFF] == sent
+        assert [one for one in got if one[0] == 0xFF] == extra
+        assert other.dropped == 0
+
+
+def test_frames_from_elsewhere_that_nobody_takes() -> None:
+    with bridged() as (one, _):
+        assert not one.deliver(bytes(60))
+        with nic_on(one, queue_size=2) as nic:
+            for size in (13, 65555):
+                with pytest.raises(ValueError, match=f"frame of {size} bytes"):
+                    one.deliver(bytes(size))
+            for _ in range(5):
+                assert one.deliver(bytes(60))
+            assert one.counters()["dropped_no_buffer"] == 3
+            assert recv_all(nic, 2) == [bytes(60)] * 2
+            assert one.deliver(bytes(61))
+            assert nic.recv(10) == bytes(61)
 
 
 def test_a_wire_is_connected_before_it_is_served() -> None:

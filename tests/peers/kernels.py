@@ -92,13 +92,13 @@ class Kernel:
         return [self.folder / "modules" / f"{name}.ko" for name in names]
 
 
-# Boots on vhost-user devices, quickly: no file systems, no network of its own.
+# Boots on vhost-user devices, quickly: no file systems of its own.
 CLOUD = Kernel(
     "cloud",
     "",
     "linux-image-cloud-amd64",
     CACHE / "kernels" / "cloud",
-    ("virtio_pci", "virtio_blk", "virtio_rng", "virtiofs"),
+    ("virtio_pci", "virtio_blk", "virtio_rng", "virtiofs", "virtio_net"),
 )
 
 # Whose kernel and kernel headers are the newest that a Debian release offers.

@@ -61,3 +61,6 @@ class NetEngine(Engine):
     def attach(self, queue: DeviceQueue, pair: NetPair, worker: int, transmit: bool) -> None:
         """Hand a queue, with the descriptors that it has now, to a worker: the same for both queues of the
         pair, and for pairs that are connected. Until ``detach`` nothing else may use it."""
+
+    def deliver(self, queue: DeviceQueue, frame: bytes) -> None:
+        """Give the driver of a receive queue that is attached a frame."""

@@ -15,6 +15,12 @@ VLAN_TAG = NET_VLAN_TAG
 DROPS = tuple((<bytes> net_drop_names[i]).decode() for i in range(1, NET_DROPS))
 
 
+cdef int check_size(size_t size) except -1:
+    if not NET_ETH_HDR <= size <= NET_FRAME_MAX:
+        raise ValueError(f"frame of {size} bytes, must be {NET_ETH_HDR} to {NET_FRAME_MAX}")
+    return 0
+
+
 @cython.final
 cdef class NetPair:
     """The collector's, unlike all else here: pairs refer to each other. While a queue is attached, that one
@@ -90,8 +96,7 @@ cdef class NetPair:
         self.fd = fd
 
     def repeat(self, bytes frame not None):
-        if not NET_ETH_HDR <= len(frame) <= NET_FRAME_MAX:
-            raise ValueError(f"frame of {len(frame)} bytes, must be {NET_ETH_HDR} to {NET_FRAME_MAX}")
+        check_size(len(frame))
         self.must_be_idle()
         self.frame = frame
         self.c.source = <const uint8_t *> <const char *> frame
@@ -128,6 +133,16 @@ cdef class NetEngine(Engine):
             one.ops = &net_receive_ops
             one.source = pair.fd
         self.hand_over(one, worker)
+
+    def deliver(self, DeviceQueue queue not None, bytes frame not None):
+        cdef _NetQueue one = self.attached.get(queue)
+        cdef const char *data = frame
+        cdef uint32_t size = len(frame)
+        if one is None or one.ops != &net_receive_ops:
+            raise ValueError(f"{queue.name} is no receive queue that is attached")
+        check_size(size)
+        with nogil:
+            net_queue_deliver(&one.c, data, size)
 
 
 @cython.final

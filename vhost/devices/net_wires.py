@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -31,6 +32,16 @@ SEGMENTS = int(
 SOCKET_BUFFER = 1 << 20
 
 
+class Connected(Protocol):
+    """A device, as its wire sees it."""
+
+    pairs: Sequence[NetPair]
+    mac: bytes
+
+    def deliver(self, frame: bytes) -> bool:
+        """Give its driver a frame. From any thread."""
+
+
 class Wire:
     """Drops whatever is sent, and has nothing to receive. A device's own: what it is connected to by
     ``connect`` no other device may have."""
@@ -43,14 +54,17 @@ class Wire:
         """What serves the device's queues."""
         return NetEngine(min(pairs, threads or len(os.sched_getaffinity(0))), "vhost-net")
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        """Called once, by the device that has these pairs, and this address."""
+    def connect(self, device: Connected) -> None:
+        """Called once, by the device that has it."""
 
     def configure(self, negotiated: int) -> None:
         """A driver agreed to these features; no queue is served at this moment."""
 
     def set_receiving(self, pair: int, receives: bool) -> None:
         """There is a receive queue, or none any more."""
+
+    def send(self, frame: bytes) -> None:
+        """One that the driver has not sent, but the device in its name."""
 
     def close(self) -> None:
         """Let go of what it has."""
@@ -63,8 +77,8 @@ class Drop(Wire):
 class Echo(Wire):
     """Sends back what it is sent, on the same pair."""
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        for pair in pairs:
+    def connect(self, device: Connected) -> None:
+        for pair in device.pairs:
             pair.connect(pair)
 
 
@@ -76,10 +90,10 @@ class Source(Wire):
             raise ValueError(f"frames of {size} bytes, must be {ETH_HEADER} to {FRAME_MAX}")
         self.size = size
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        head = mac + bytes([2, 0, 0, 0, 0, 1]) + SOURCE_TYPE
+    def connect(self, device: Connected) -> None:
+        head = device.mac + bytes([2, 0, 0, 0, 0, 1]) + SOURCE_TYPE
         frame = head + bytes(i & 0xFF for i in range(self.size - len(head)))
-        for pair in pairs:
+        for pair in device.pairs:
             pair.repeat(frame)
 
 
@@ -95,10 +109,14 @@ class Packets(Wire):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)  # or what the kernel allows
         self.socket = sock
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        if len(pairs) != 1:
-            raise ValueError(f"{len(pairs)} pairs of queues: a socket serves one")
-        pairs[0].open(self.socket.fileno(), True)
+    def connect(self, device: Connected) -> None:
+        if len(device.pairs) != 1:
+            raise ValueError(f"{len(device.pairs)} pairs of queues: a socket serves one")
+        device.pairs[0].open(self.socket.fileno(), True)
+
+    def send(self, frame: bytes) -> None:
+        with contextlib.suppress(OSError):  # no room, or nobody there: as if on its way
+            self.socket.send(frame)
 
     def close(self) -> None:
         self.socket.close()
@@ -129,8 +147,8 @@ class TapWire(Wire):
         self.features = tap.features
         tap.set_vnet_hdr_size(NetHeader.SIZE)
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        fds = self.tap.fds
+    def connect(self, device: Connected) -> None:
+        pairs, fds = device.pairs, self.tap.fds
         if len(pairs) != len(fds):
             raise ValueError(f"{len(pairs)} pairs of queues, and a tap with {len(fds)}")
         for pair, fd in zip(pairs, fds, strict=True):
@@ -148,6 +166,10 @@ class TapWire(Wire):
             self.tap.set_queue(pair, receives)
             (self._detached.discard if receives else self._detached.add)(pair)
 
+    def send(self, frame: bytes) -> None:
+        with contextlib.suppress(OSError):  # the interface is down
+            os.write(self.tap.fds[0], bytes(NetHeader.SIZE) + frame)
+
     def close(self) -> None:
         self.tap.close()
 
@@ -163,37 +185,45 @@ class Bridge:
     def __init__(self, *, threads: int = 1) -> None:
         if threads < 1:
             raise ValueError(f"threads {threads}, must be at least 1")
-        self.engine = NetEngine(threads, "vhost-net")
-        self.ends = (BridgeEnd(self), BridgeEnd(self))
+        engine = NetEngine(threads, "vhost-net")
+        self.ends = (BridgeEnd(engine), BridgeEnd(engine))
+        self.ends[0].other, self.ends[1].other = self.ends[1], self.ends[0]
 
 
 class BridgeEnd(Wire):
     """One of a bridge's."""
 
     features = Wire.features | SEGMENTS
+    other: BridgeEnd
 
-    def __init__(self, bridge: Bridge) -> None:
-        self._bridge = bridge
-        self.pairs: Sequence[NetPair] = ()
+    def __init__(self, engine: NetEngine) -> None:
+        self._engine: NetEngine | None = engine
+        self.device: Connected | None = None
 
     def make_engine(self, pairs: int, threads: int | None) -> NetEngine:
         if threads is not None:
             raise ValueError("threads: a bridge has its own")
-        return self._bridge.engine
+        if self._engine is None or self.device is not None:
+            raise ValueError("this end of the bridge has, or had, a device")
+        return self._engine
 
-    def connect(self, pairs: Sequence[NetPair], mac: bytes) -> None:
-        workers = self._bridge.engine.workers
-        others = next(end for end in self._bridge.ends if end is not self).pairs
-        if self.pairs:
-            raise ValueError("this end of the bridge has a device")
+    def connect(self, device: Connected) -> None:
+        assert self._engine is not None
+        pairs, workers = device.pairs, self._engine.workers
+        others = self.other.device.pairs if self.other.device is not None else ()
         if others and len(others) != len(pairs):
             raise ValueError(f"{len(pairs)} pairs of queues: the bridge's other device has {len(others)}")
-        self.pairs = pairs
+        self.device = device
         for index, pair in enumerate(pairs):
             pair.join(pairs[index + workers] if index + workers < len(pairs) else pairs[index % workers])
         for pair, other in zip(pairs, others, strict=False):
             pair.connect(other)
             other.connect(pair)
 
+    def send(self, frame: bytes) -> None:
+        if self.other.device is not None:
+            self.other.device.deliver(frame)
+
     def close(self) -> None:
         """What the other driver sends is dropped from here on, as it is while there is no session."""
+        self._engine = None

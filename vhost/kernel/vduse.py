@@ -21,7 +21,7 @@ from vhost.devices.base import Device
 from vhost.devices.rings import Areas, Ring
 from vhost.devices.session import DeviceSession
 from vhost.errors import InvalidGuestMemory, InvalidQueue, IoctlError, VhostError
-from vhost.features import BlkF, DeviceId, Status, VirtioF, feature_names
+from vhost.features import BlkF, DeviceId, NetF, Status, VirtioF, feature_names
 from vhost.kernel import _vduse as u
 from vhost.kernel import ioctls as k
 from vhost.kernel.base import open_node
@@ -42,6 +42,17 @@ _RING_PACKED = int(VirtioF.RING_PACKED)
 _IN_ORDER = int(VirtioF.IN_ORDER)
 _DRIVER_OK = int(Status.DRIVER_OK)
 _FEATURES_OK = int(Status.FEATURES_OK)
+
+# The kernel takes no network device that has a control queue: its drivers would wait for an answer for ever.
+_NET_CONTROL = int(
+    NetF.CTRL_VQ
+    | NetF.CTRL_RX
+    | NetF.CTRL_RX_EXTRA
+    | NetF.CTRL_VLAN
+    | NetF.CTRL_MAC_ADDR
+    | NetF.GUEST_ANNOUNCE
+    | NetF.MQ
+)
 
 
 class VduseBackend(DeviceSession):
@@ -90,6 +101,8 @@ class VduseBackend(DeviceSession):
             offered &= ~_RING_PACKED
         if self.device.device_id == DeviceId.BLOCK:
             offered &= ~int(BlkF.CONFIG_WCE)  # VDUSE's configuration space is read-only
+        if self.device.device_id == DeviceId.NET:
+            offered &= ~_NET_CONTROL
         return offered
 
     def _device_features(self) -> int:
