@@ -109,11 +109,18 @@ def qsd_modes(device: str, file: Path) -> dict[str, Command]:
         nodes = {
             "direct, native": f"{base},cache.direct=on,aio=native",
             "direct, io_uring": f"{base},cache.direct=on,aio=io_uring",
+            "cached, io_uring": f"{base},aio=io_uring",
             "cached, threads": f"{base},aio=threads",
         }
     modes: dict[str, Command] = {}
     for name, node in nodes.items():
-        for thread, extra in (("main loop", []), ("iothread", ["--object", "iothread,id=t0"])):
+        for thread, properties in (
+            ("main loop", ""),
+            ("iothread", "iothread,id=t0"),
+            ("iothread that does not poll", "iothread,id=t0,poll-max-ns=0"),
+            ("iothread that polls for 200 us", "iothread,id=t0,poll-max-ns=200000"),
+        ):
+            extra = ["--object", properties] if properties else []
 
             def command(path: str, node: str = node, extra: list[str] = extra) -> list[str]:
                 export = f"type=vhost-user-blk,id=e,addr.type=unix,addr.path={path},node-name=n,writable=on"

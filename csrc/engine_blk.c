@@ -126,6 +126,30 @@ static void settle(struct engine_queue *eq)
 
 /* ------------------------------------------------------------------ a batch */
 
+/*
+ * The page cache takes nearly every write at once, and most file systems cannot be asked to refuse the others
+ * (RWF_NOWAIT). To leave all of them to somebody else costs more than a few that wait: so it is tried, and when
+ * one took long, the next ones are somebody else's.
+ */
+static bool write_by_trial(struct blk_queue *q, struct blk_request *r)
+{
+	uint64_t since;
+	int rc;
+
+	if (q->slow) {
+		q->slow--;
+		return false;
+	}
+	if (r->data.len > BLK_TRIAL_BYTES)
+		return false;
+	since = engine_now_ns();
+	rc = blk_disk_move(q->disk, true, &r->data, &r->at, false);
+	if (engine_now_ns() - since > BLK_TRIAL_NS)
+		q->slow = BLK_SLOW_WRITES;
+	blk_request_done(r, rc ? -EIO : 0);
+	return true;
+}
+
 /* Does what was parsed if nobody has to wait for it, or if the worker is to wait itself. */
 static bool do_now(struct blk_queue *q, struct blk_request *r)
 {
@@ -138,12 +162,14 @@ static bool do_now(struct blk_queue *q, struct blk_request *r)
 	}
 	if (r->todo != BLK_READ && !write)
 		return false;
-	if (!q->now[write] || (r->stable && write && q->disk->pace != BLK_MEMORY))
+	if (q->disk->pace == BLK_WAITS || (r->stable && write && q->disk->pace != BLK_MEMORY))
 		return false;
-	rc = blk_disk_move_now(q->disk, write, &r->data, &r->at);
-	if (rc == -EOPNOTSUPP)
+	rc = q->now[write] ? blk_disk_move_now(q->disk, write, &r->data, &r->at) : -EOPNOTSUPP;
+	if (rc == -EOPNOTSUPP) {
 		q->now[write] = false;
-	if (rc == -EAGAIN || rc == -EOPNOTSUPP)
+		return write && write_by_trial(q, r);
+	}
+	if (rc == -EAGAIN)
 		return false;
 	blk_request_done(r, rc ? -EIO : 0);
 	return true;
@@ -279,7 +305,7 @@ int blk_queue_init(struct blk_queue *q, const struct blk_disk *disk, enum blk_ai
 	q->disk = disk;
 	q->writethrough = writethrough;
 	q->aio = disk->fd < 0 ? BLK_AIO_SYNC : aio;
-	q->now[0] = q->now[1] = disk->pace != BLK_WAITS;
+	q->now[0] = q->now[1] = true;
 	q->depth = q->aio == BLK_AIO_SYNC ? ENGINE_BATCH : BLK_DEPTH;
 	q->wake = -1;
 	q->requests = calloc(q->depth, sizeof(*q->requests));

@@ -14,6 +14,9 @@
 #define BLK_DEPTH 128u		     /* requests of a queue in flight */
 #define BLK_PUBLISH_NS 20000u	     /* what is done this long ... */
 #define BLK_PUBLISH_BYTES (128u << 10) /* ... or has moved as much is published before the batch ends */
+#define BLK_TRIAL_BYTES (64u << 10)    /* a write of at most this is tried by the worker ... */
+#define BLK_TRIAL_NS 100000u	       /* ... and, when it took longer, ... */
+#define BLK_SLOW_WRITES 128u	       /* ... not again for as many */
 
 enum blk_aio {
 	BLK_AIO_SYNC,	 /* the worker waits itself */
@@ -26,7 +29,8 @@ struct blk_queue {
 	const struct blk_disk *disk;
 	bool writethrough;
 	enum blk_aio aio;
-	bool now[2];	     /* worth trying without waiting: to read, to write */
+	bool now[2];	     /* the file can be told not to wait: to read, to write */
+	unsigned slow;	     /* writes that are not tried */
 	unsigned in_flight;  /* requests that somebody else does */
 	struct blk_uring *uring; /* NULL: not needed so far */
 	struct blk_pool_user pool;

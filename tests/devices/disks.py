@@ -26,7 +26,7 @@ from vhost.user.server import Server
 from vhost.virtio_blk import HEADER
 from vhost.virtqueue import DeviceQueue, DriverQueue
 
-HANDLERS = ("sync", "threads", "io_uring", "mapped", "python")
+HANDLERS = ("sync", "threads", "io_uring", "cached", "mapped", "python")
 BASE = 1 << 33
 REGION = 1 << 16
 SEGMENT = struct.Struct("<QII")
@@ -34,15 +34,17 @@ Bufs = Sequence[tuple[int, int]]
 
 
 def how(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do; mapped is what
-    a file on tmpfs is, wherever it is, in a program that survives that others truncate it."""
+    """Arguments for Blk. With threads and io_uring, nothing is done at once that these can do; cached is what
+    a file is by default; mapped is what one on tmpfs is, wherever it is, in a program that survives that
+    others truncate it."""
     if name == "python":
         return {"handler": name}
     if name == "io_uring" and (why := probe_io_uring()):
         pytest.skip(f"io_uring: {os.strerror(why)}")
     if name == "mapped":
         install_sigbus_handler()
-        monkeypatch.setattr(Blk, "_pace", "memory")
+    if name in ("cached", "mapped"):
+        monkeypatch.setattr(Blk, "_pace", {"cached": name, "mapped": "memory"}[name])
         return {}
     if name != "sync":
         monkeypatch.setattr(Blk, "_pace", "waits")
