@@ -175,6 +175,11 @@ def test_workers() -> None:
         assert len(set(rng.read(4096))) > 100
 
 
+def test_block_device(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(examples("docs/blk.md")[0], {})
+    assert capsys.readouterr().out == "b'hello' threads\n"
+
+
 def test_network_device(capsys: pytest.CaptureFixture[str]) -> None:
     exec(examples("docs/net.md")[0], {})
     assert capsys.readouterr().out == "b'hello' 1\n"
