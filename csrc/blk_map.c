@@ -158,7 +158,8 @@ bool blk_map_move(struct blk_map *m, bool write, const struct blk_span *s, uint6
 	char *disk = m->base + at;
 	uint32_t i;
 
-	if (at > m->size || s->len > m->size - at || blk_map_broken(m) || !is_there(m, at, s->len))
+	if (!s->len || at > m->size || s->len > m->size - at || blk_map_broken(m) ||
+	    !is_there(m, at, s->len))
 		return false;
 	for (i = 0; i < s->num; i++) {
 		if (write)

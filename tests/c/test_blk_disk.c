@@ -158,6 +158,7 @@ static void test_moves(void)
 		}
 		CHECK(!memcmp(data, file, len));
 	}
+	CHECK_EQ(disk_move(&r, false, data, 0, 0), 0);
 	/* Beyond what was mapped, if only by a byte. */
 	CHECK(map_move(&r, false, data, 512, SIZE - 612));
 	CHECK(!map_move(&r, false, data, 513, SIZE - 612));
