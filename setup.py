@@ -56,6 +56,7 @@ NET = [
     "csrc/net_csum.c",
     "csrc/net_fd.c",
     "csrc/net_fit.c",
+    "csrc/net_segment.c",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -5,6 +5,7 @@
 
 #include "net_fd.h"
 #include "net_fit.h"
+#include "net_segment.h"
 
 int net_pair_init(struct net_pair *p)
 {
@@ -53,15 +54,39 @@ static struct net_receiver *receiver_of(const struct net_pair *p)
 	return &first->rx;
 }
 
-static void deliver_fitted(struct engine_worker *w, struct net_pair *p, struct net_receiver *r, struct net_frame *f)
+static void deliver_segments(struct engine_worker *w, struct net_pair *p, struct net_receiver *r,
+			     const struct net_frame *whole)
 {
-	struct iovec iov;
-	enum net_drop why = net_frame_fit(f, p->scratch, &iov);
+	uint8_t headers[ENGINE_BATCH][NET_SEGMENT_HDR];
+	struct net_frame frames[ENGINE_BATCH];
+	struct iovec iov[ENGINE_BATCH][2];
+	struct net_segments s;
+	enum net_drop why;
+	unsigned n;
 
+	net_frame_copy(whole, p->scratch);
+	why = net_segments_begin(&s, &whole->header, p->scratch, whole->len);
 	if (why)
 		net_count(&r->counters->dropped[why], 1);
 	else
-		net_receiver_deliver(w, r, f, 1);
+		do {
+			for (n = 0; n < ENGINE_BATCH && net_segments_next(&s, headers[n], &frames[n], iov[n]); n++)
+				;
+			net_receiver_deliver(w, r, frames, n);
+		} while (n == ENGINE_BATCH);
+}
+
+/* One that the receiver cannot take as it is. */
+static void deliver_fitted(struct engine_worker *w, struct net_pair *p, struct net_receiver *r, struct net_frame *f)
+{
+	struct iovec iov;
+
+	if (f->header.gso_type) {
+		deliver_segments(w, p, r, f);
+		return;
+	}
+	net_frame_fit(f, p->scratch, &iov);
+	net_receiver_deliver(w, r, f, 1);
 }
 
 static void send_to_peer(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n)

@@ -76,6 +76,22 @@ def vhost_user_fs(path: Path, *, tag: str = "test", name: str = "fs") -> list[st
     ]
 
 
+def vhost_user_net(
+    path: Path, *, mac: str, pairs: int = 1, packed: bool = False, legacy: bool = False, more: str = ""
+) -> list[str]:
+    """``legacy``: without VERSION_1. ``more``: properties of the device."""
+    device = f"virtio-net-pci,netdev=n0,mac={mac},romfile=,packed={'on' if packed else 'off'}"
+    if pairs > 1:
+        device += f",mq=on,vectors={2 * pairs + 2}"
+    if legacy:
+        device += ",disable-modern=on,disable-legacy=off"
+    return [
+        *("-chardev", f"socket,id=c-net,path={path}"),
+        *("-netdev", f"vhost-user,id=n0,chardev=c-net,queues={pairs}"),
+        *("-device", device + more),
+    ]
+
+
 class Guest:
     """Booted when the constructor returns. Use it as a context manager: it is killed at the end.
     ``append``: for the kernel's command line. ``incoming``: a machine without a guest, until one migrates

@@ -19,16 +19,14 @@ SEGMENTS = int(
     NetF.HOST_TSO4
     | NetF.HOST_TSO6
     | NetF.HOST_ECN
-    | NetF.HOST_UFO
     | NetF.HOST_USO
     | NetF.GUEST_TSO4
     | NetF.GUEST_TSO6
     | NetF.GUEST_ECN
-    | NetF.GUEST_UFO
     | NetF.GUEST_USO4
     | NetF.GUEST_USO6
 )
-"""Segmentation that is left to the other side, in both directions."""
+"""Segmentation that is left to the other side, in both directions; but for fragments (UFO)."""
 SOCKET_BUFFER = 1 << 20
 
 
