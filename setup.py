@@ -58,7 +58,7 @@ NET = [
     "csrc/net_fit.c",
     "csrc/net_segment.c",
 ]
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+HEADERS = sorted(str(path) for folder in ("csrc", "vhost") for path in Path(folder).glob("*.h"))
 
 
 class BuildExt(build_ext):
@@ -97,7 +97,7 @@ def extension(name: str, *sources: str) -> Extension:
     return Extension(
         name,
         [name.replace(".", "/") + ".pyx", *sources],
-        include_dirs=["csrc"],
+        include_dirs=["csrc", "vhost"],
         depends=[*HEADERS, *CORE],  # linked in, so a change there is one of the extension
         extra_compile_args=CFLAGS + WARNINGS + GENERATED,
         extra_link_args=["-pthread"],

@@ -732,7 +732,7 @@ def test_a_call_fd_that_is_none_is_an_error_after_publishing() -> None:
 # ---------------------------------------------------------------------- chain objects
 
 
-def test_a_loop_needs_two_chain_objects() -> None:
+def test_a_loop_needs_two_chain_objects_beside_those_it_looks_ahead() -> None:
     rig = Rig(16)
     driver, queue = rig.model_driver(), rig.device()
     seen = set()
@@ -743,7 +743,7 @@ def test_a_loop_needs_two_chain_objects() -> None:
             seen.add(id(chain))
             queue.push(chain)
         driver.get_used()
-    assert len(seen) <= 3
+    assert len(seen) <= 2 + 3
 
 
 def test_batches_need_two_batches_of_chain_objects() -> None:
@@ -757,7 +757,7 @@ def test_batches_need_two_batches_of_chain_objects() -> None:
         seen.update(map(id, chains))
         queue.push_batch(chains)
         driver.get_used()
-    assert len(seen) <= 64
+    assert len(seen) <= 64 + 1
 
 
 @both

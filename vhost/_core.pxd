@@ -203,6 +203,12 @@ cdef extern from "virtqueue.h" nogil:
     int virtqueue_pop_batch(virtqueue *, vhost_chain **, unsigned int)
     int virtqueue_unpop(virtqueue *, const vhost_chain *)
     int virtqueue_fill(virtqueue *, uint16_t, uint32_t)
+
+    struct virtqueue_used:
+        uint32_t id
+        uint32_t written
+
+    unsigned int virtqueue_fill_batch(virtqueue *, const virtqueue_used *, unsigned int)
     void virtqueue_flush(virtqueue *)
     int virtqueue_push(virtqueue *, uint16_t, uint32_t)
     bint virtqueue_should_notify(virtqueue *)

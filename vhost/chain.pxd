@@ -1,19 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memset
 
 from vhost._core cimport iovec, vhost_chain, virtqueue_fault
 from vhost.memory cimport GuestMemory
 
 
-cdef extern from "Python.h":
-    int64_t PyLong_AsLongLongAndOverflow(object, int *) except? -1
+cdef extern from "py_unique.h":
+    bint py_unique(PyObject *) noexcept
 
 
-cdef inline int64_t length_of(number) except? -1:
-    cdef int beyond = 0
-    cdef int64_t n = PyLong_AsLongLongAndOverflow(number, &beyond)
-    return -2 if beyond else n  # whatever it is, no chain has that many bytes
+cdef extern from *:
+    """
+    /* Most lengths are small integers; -1: not one of these. */
+    static inline int64_t plain_length(PyObject *number)
+    {
+    #if PY_VERSION_HEX >= 0x030c0000
+            if (likely(PyLong_CheckExact(number) && PyUnstable_Long_IsCompact((PyLongObject *)number)))
+                    return PyUnstable_Long_CompactValue((PyLongObject *)number);
+    #else
+            if (likely(PyLong_CheckExact(number) && (size_t)Py_SIZE(number) <= 1))
+                    return Py_SIZE(number) ? ((PyLongObject *)number)->ob_digit[0] : 0;
+    #endif
+            return -1;
+    }
+
+    /* Any integer; -2 for what does not fit 64 bits. */
+    static inline int64_t length_of(PyObject *number)
+    {
+            int64_t n = plain_length(number);
+            int beyond = 0;
+
+            if (likely(n >= 0))
+                    return n;
+            n = PyLong_AsLongLongAndOverflow(number, &beyond);
+            return beyond ? -2 : n;
+    }
+    """
+    int64_t plain_length(PyObject *) noexcept
+    int64_t length_of(object) except? -1
 
 
 cdef class Chain
@@ -33,24 +59,30 @@ cdef class Buffer:
 
 
 cdef struct cursor:
-    uint32_t piece  # of the iovecs of its kind
-    size_t offset   # in that piece
+    uint32_t piece   # of the iovecs of its kind
+    uint32_t offset  # in that piece
+
+
+cdef struct chain_use:
+    # What a chain object knows of one chain beside what the ring says. Zeros at first.
+    cursor reader
+    cursor writer
+    uint32_t consumed  # bytes behind `reader`
+    uint32_t written   # and behind `writer`
+    uint32_t touched   # end of what may have been written otherwise, for the dirty log
+    uint16_t found_busy     # see DeviceQueue's pool
+    uint8_t readable_made   # readable_buffers are of this chain
+    uint8_t writable_made
 
 
 cdef class Chain:
-    cdef vhost_chain c
+    # In the order of use: what a queue changes is in a cache line or two.
+    cdef PyObject *queue     # the Origin that popped it and has not got it back, owned; else NULL
+    cdef chain_use use
     cdef GuestMemory memory  # keeps what c.iov points at mapped
-    cdef Origin queue        # that popped it and has not got it back; else None
-    cdef int found_busy      # see DeviceQueue's pool
-    cdef readonly uint32_t written
-    cdef uint32_t touched    # end of what may have been written otherwise, for the dirty log
-    cdef uint32_t consumed   # bytes behind `reader`
-    cdef cursor reader
-    cdef cursor writer
+    cdef vhost_chain c
     cdef tuple readable_buffers  # as last asked for, perhaps of an earlier chain, or None
     cdef tuple writable_buffers
-    cdef bint readable_made      # readable_buffers are of this chain
-    cdef bint writable_made
 
     cdef int must_be_out(self) except -1
     cdef Py_ssize_t append(self, char *data, Py_ssize_t size) except -1
@@ -60,11 +92,7 @@ cdef class Chain:
     cdef tuple buffers(self, bint writable, Py_ssize_t offset, Py_ssize_t size)
 
 
-cdef inline void chain_start(Chain chain, Origin queue) noexcept:
-    # A chain was just popped into chain.c, which may have held an earlier one.
+cdef inline void chain_start(Chain chain, PyObject *queue) noexcept:
+    # A chain was just popped into chain.c, which may have held an earlier one. Takes a reference over.
     chain.queue = queue
-    chain.written = chain.consumed = chain.touched = 0
-    chain.reader.piece = chain.writer.piece = 0
-    chain.reader.offset = chain.writer.offset = 0
-    chain.found_busy = 0
-    chain.readable_made = chain.writable_made = False
+    memset(&chain.use, 0, sizeof(chain.use))

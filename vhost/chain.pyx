@@ -37,7 +37,7 @@ from vhost.errors import InvalidQueue
 __all__ = ["Buffer", "Chain"]
 
 cdef extern from "Python.h":
-    Py_ssize_t Py_REFCNT(PyObject *)
+    void Py_XDECREF(PyObject *)
     Py_ssize_t PyTuple_GET_SIZE(PyObject *)
     PyObject *PyTuple_GET_ITEM(PyObject *, Py_ssize_t)  # borrowed
 
@@ -56,7 +56,7 @@ cdef void copy(iovec *iov, cursor *at, char *ours, size_t left, bint to_chain) n
             memmove(ours, theirs, n)
         ours += n
         left -= n
-        at.offset += n
+        at.offset += <uint32_t>n
         if at.offset == iov[at.piece].iov_len:
             at.offset = 0
             at.piece += 1
@@ -69,7 +69,7 @@ cdef cursor seek(iovec *iov, size_t offset) noexcept nogil:
     while offset and offset >= iov[at.piece].iov_len:
         offset -= iov[at.piece].iov_len
         at.piece += 1
-    at.offset = offset
+    at.offset = <uint32_t>offset
     return at
 
 
@@ -127,6 +127,7 @@ cdef class Chain:
 
     def __dealloc__(self):
         vhost_chain_destroy(&self.c)
+        Py_XDECREF(self.queue)
 
     @property
     def id(self):
@@ -141,27 +142,31 @@ cdef class Chain:
         return self.c.in_len
 
     @property
+    def written(self):
+        return self.use.written
+
+    @property
     def data_room(self):
         self.must_be_out()
         if unlikely(not self.c.in_len):
-            self.queue.refuse(self, VQ_REQUEST_STATUS, 0, 1)
+            (<Origin>self.queue).refuse(self, VQ_REQUEST_STATUS, 0, 1)
         return self.c.in_len - 1
 
     @property
     def readable(self):
-        if not self.readable_made:
+        if not self.use.readable_made:
             if not self.renew(<PyObject *>self.readable_buffers, self.c.iov, self.c.out_num):
                 self.readable_buffers = self.buffers(False, 0, -1)
-            self.readable_made = True
+            self.use.readable_made = True
         return self.readable_buffers
 
     @property
     def writable(self):
-        if not self.writable_made:
-            self.touched = self.c.in_len
+        if not self.use.writable_made:
+            self.use.touched = self.c.in_len
             if not self.renew(<PyObject *>self.writable_buffers, self.c.iov + self.c.out_num, self.c.in_num):
                 self.writable_buffers = self.buffers(True, 0, -1)
-            self.writable_made = True
+            self.use.writable_made = True
         return self.writable_buffers
 
     cdef bint renew(self, PyObject *old, iovec *iov, Py_ssize_t n) noexcept:
@@ -169,10 +174,10 @@ cdef class Chain:
         # has its buffer. (None belongs to many.)
         cdef Buffer buffer
         cdef Py_ssize_t i
-        if Py_REFCNT(old) != 1 or PyTuple_GET_SIZE(old) != n:
+        if not py_unique(old) or PyTuple_GET_SIZE(old) != n:
             return False
         for i in range(n):
-            if Py_REFCNT(PyTuple_GET_ITEM(old, i)) != 1:
+            if not py_unique(PyTuple_GET_ITEM(old, i)):
                 return False
         for i in range(n):
             buffer = <Buffer>PyTuple_GET_ITEM(old, i)
@@ -199,7 +204,7 @@ cdef class Chain:
             size = total - offset
         self.check(writable, offset, size)
         if writable:
-            self.touched = max(self.touched, <uint32_t>(offset + size))
+            self.use.touched = max(self.use.touched, <uint32_t>(offset + size))
         at = seek(iov, offset)
         left = size
         first = at.offset
@@ -230,36 +235,36 @@ cdef class Chain:
         return 0
 
     cdef int must_be_out(self) except -1:
-        if self.queue is None:
+        if unlikely(self.queue == NULL):
             raise InvalidQueue(f"chain {self.c.id} was given back to its queue")
         return 0
 
     def read(self, Py_ssize_t n=-1):
-        cdef size_t left = self.c.out_len - self.consumed
+        cdef size_t left = self.c.out_len - self.use.consumed
         if n < 0 or <size_t>n > left:
             n = left
         data = PyBytes_FromStringAndSize(NULL, n)
-        copy(self.c.iov, &self.reader, PyBytes_AS_STRING(data), n, False)
-        self.consumed += <uint32_t>n
+        copy(self.c.iov, &self.use.reader, PyBytes_AS_STRING(data), n, False)
+        self.use.consumed += <uint32_t>n
         return data
 
     def unpack(self, Struct struct not None):
         cdef uint8_t[WIRE_SIZE_MAX] whole
-        cdef iovec *piece = self.c.iov + self.reader.piece
-        cdef uint32_t left = self.c.out_len - self.consumed
+        cdef iovec *piece = self.c.iov + self.use.reader.piece
+        cdef uint32_t left = self.c.out_len - self.use.consumed
         cdef char *at
         self.must_be_out()
         if unlikely(left < struct.size):
-            self.queue.refuse(self, VQ_REQUEST_HEADER, left, struct.size)
-        self.consumed += struct.size
-        if unlikely(piece.iov_len - self.reader.offset < struct.size):
-            copy(self.c.iov, &self.reader, <char *>whole, struct.size, False)
+            (<Origin>self.queue).refuse(self, VQ_REQUEST_HEADER, left, struct.size)
+        self.use.consumed += struct.size
+        if unlikely(piece.iov_len - self.use.reader.offset < struct.size):
+            copy(self.c.iov, &self.use.reader, <char *>whole, struct.size, False)
             return struct.load(whole)
-        at = <char *>piece.iov_base + self.reader.offset
-        self.reader.offset += struct.size
-        if self.reader.offset == piece.iov_len:
-            self.reader.offset = 0
-            self.reader.piece += 1
+        at = <char *>piece.iov_base + self.use.reader.offset
+        self.use.reader.offset += struct.size
+        if self.use.reader.offset == piece.iov_len:
+            self.use.reader.offset = 0
+            self.use.reader.piece += 1
         return struct.load(at)
 
     def readinto(self, buffer):
@@ -267,9 +272,9 @@ cdef class Chain:
         cdef size_t n
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
-            n = min(<size_t>view.len, self.c.out_len - self.consumed)
-            copy(self.c.iov, &self.reader, <char *>view.buf, n, False)
-            self.consumed += <uint32_t>n
+            n = min(<size_t>view.len, self.c.out_len - self.use.consumed)
+            copy(self.c.iov, &self.use.reader, <char *>view.buf, n, False)
+            self.use.consumed += <uint32_t>n
         finally:
             PyBuffer_Release(&view)
         return n
@@ -286,23 +291,24 @@ cdef class Chain:
 
     cdef Py_ssize_t append(self, char *data, Py_ssize_t size) except -1:
         self.must_be_out()
-        if <size_t>size > self.c.in_len - self.written:
+        if <size_t>size > self.c.in_len - self.use.written:
             raise ValueError(
                 f"chain {self.c.id}: {size} bytes do not fit into the"
-                f" {self.c.in_len - self.written} that are left of {self.c.in_len}"
+                f" {self.c.in_len - self.use.written} that are left of {self.c.in_len}"
             )
-        copy(self.c.iov + self.c.out_num, &self.writer, data, size, True)
-        self.written += <uint32_t>size
+        copy(self.c.iov + self.c.out_num, &self.use.writer, data, size, True)
+        self.use.written += <uint32_t>size
         return size
 
     def finish(self, status, data_written=None):
-        cdef Origin queue = self.queue
+        cdef Origin queue
         cdef iovec *last
         cdef int64_t n, byte = length_of(status)
         self.must_be_out()
+        queue = <Origin>self.queue  # which may have no other reference than the one that is given up
         if unlikely(not self.c.in_len):
             queue.refuse(self, VQ_REQUEST_STATUS, 0, 1)
-        n = self.written if data_written is None else length_of(data_written)
+        n = self.use.written if data_written is None else length_of(data_written)
         if not 0 <= byte <= 0xff:
             raise ValueError(f"chain {self.c.id}: status {status} is no byte")
         if not 0 <= n < self.c.in_len:
@@ -313,7 +319,7 @@ cdef class Chain:
         # The last byte, wherever the data ends.
         last = self.c.iov + (self.c.out_num + self.c.in_num - 1)
         (<uint8_t *>last.iov_base)[last.iov_len - 1] = <uint8_t>byte
-        self.touched = self.c.in_len
+        self.use.touched = self.c.in_len
         queue.take_back(self, <uint32_t>n + 1)
 
     def read_at(self, Py_ssize_t offset, Py_ssize_t n):
@@ -340,7 +346,7 @@ cdef class Chain:
         cdef cursor at
         self.must_be_out()
         self.check(True, offset, size)
-        self.touched = max(self.touched, <uint32_t>(offset + size))
+        self.use.touched = max(self.use.touched, <uint32_t>(offset + size))
         at = seek(iov, offset)
         copy(iov, &at, data, size, True)
         return 0

@@ -10,6 +10,10 @@ from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory
 
 
+cdef enum:
+    QUEUE_BATCH = 128  # chains that go to the ring or come from it with one call
+
+
 cdef class DeviceQueue(Origin):
     # For engines that serve a queue without the GIL: while one does, nothing else may use the queue.
     cdef virtqueue vq
@@ -33,23 +37,37 @@ cdef class DeviceQueue(Origin):
     cdef readonly DirtyLog dirty_log  # keeps log.map mapped
     cdef virtqueue_log log
 
-    # Chain objects to be used again, the oldest first; see front().
+    # Chain objects to be used again, the oldest first: see find().
     cdef PyObject **pool
     cdef uint32_t pool_mask
     cdef uint32_t pool_head
     cdef uint32_t pool_count
 
-    cdef PyObject *front(self) except NULL
-    cdef PyObject *renew(self) except NULL
-    cdef Chain accept(self)
-    cdef void keep(self, Chain chain) noexcept
+    # Chains that are popped, but seen by nobody yet: see fetch(). Up to `ahead_room` follow free objects.
+    cdef (PyObject *)[QUEUE_BATCH] ahead
+    cdef uint32_t ahead_next
+    cdef uint32_t ahead_end
+    cdef uint32_t ahead_room
+    cdef uint32_t likely   # chains that the next pop may find: as the last burst, and one more,
+    cdef uint32_t burst    # of which there have been this many
+    cdef bint found_end    # there were fewer than the last pop had room for
+
+    cdef PyObject *find(self) except NULL
+    cdef PyObject *take(self) noexcept
+    cdef void keep(self, PyObject *chain) noexcept
     cdef void empty_pool(self) noexcept
+    cdef int fetch(self, uint32_t most) except -2
+    cdef Chain next_ahead(self)
+    cdef list all_ahead(self, uint32_t most)
+    cdef void settle(self) noexcept
     cdef int must_be_open(self) except -1
     cdef int must_work(self) except -1
     cdef int check_memory(self) except -1
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
     cdef int must_be_ours(self, Chain chain) except -1
+    cdef void let_go(self, PyObject *chain) noexcept
+    cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1
     cdef int stage(self, Chain chain, int64_t written) except -1
     cdef int give(self, Chain chain, object written) except -1
     cdef int mark(self, Chain chain, uint32_t written) except -1

@@ -5,17 +5,17 @@ Knows rings and memory; knows neither devices nor how kicks arrive.
 """
 
 cimport cython
+from cpython.list cimport PyList_New
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EBADMSG, ENOMEM, ERANGE
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from vhost._core cimport *
 from vhost._iotlb cimport Iotlb
 from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
-from vhost.chain cimport Chain, Origin, chain_start, length_of
+from vhost.chain cimport Chain, Origin, chain_start, length_of, plain_length, py_unique
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory, memory_broken
@@ -27,9 +27,44 @@ __all__ = ["DeviceQueue"]
 cdef enum:
     POOL_MAX = 256  # chain objects kept; a handler has no more at a time, unless it waits for a disk
     BUDGET = 256
+    LOOP_AHEAD = 64  # chains that a loop pops at once: not so many that they leave the cache before their turn
+
+cdef extern from *:
+    """
+    /* n references at once. */
+    static CYTHON_INLINE void take_references(PyObject *object, Py_ssize_t n)
+    {
+    #if defined(Py_GIL_DISABLED) || defined(Py_REF_DEBUG)
+            while (n--)
+                    Py_INCREF(object);
+    #else
+            Py_SET_REFCNT(object, Py_REFCNT(object) + n);
+    #endif
+    }
+
+    /* The caller holds another one. */
+    static CYTHON_INLINE void drop_references(PyObject *object, Py_ssize_t n)
+    {
+    #if defined(Py_GIL_DISABLED) || defined(Py_REF_DEBUG)
+            while (n--)
+                    Py_DECREF(object);
+    #else
+            Py_SET_REFCNT(object, Py_REFCNT(object) - n);
+    #endif
+    }
+
+    #define handed_over(object) (object)
+    """
+    void take_references(PyObject *, Py_ssize_t) noexcept
+    void drop_references(PyObject *, Py_ssize_t) noexcept
+    object handed_over(PyObject *)  # a reference that was ours
 
 cdef extern from "Python.h":
-    Py_ssize_t Py_REFCNT(PyObject *)
+    # As they are, so that each reference is counted here and nowhere else.
+    void Py_INCREF(PyObject *)
+    void Py_DECREF(PyObject *)
+    void PyList_SET_ITEM(PyObject *, Py_ssize_t, PyObject *)
+    PyObject *PyList_GET_ITEM(PyObject *, Py_ssize_t)
 
 
 @cython.final
@@ -73,6 +108,7 @@ cdef class DeviceQueue(Origin):
         self.to_driver.vq = call_vq or 0
         self.err = err
         self.most = BUDGET
+        self.likely = 1
         self.addrs[0] = desc
         self.addrs[1] = avail
         self.addrs[2] = used
@@ -173,6 +209,7 @@ cdef class DeviceQueue(Origin):
 
     @property
     def base(self):
+        self.settle()
         return virtqueue_base(&self.vq)
 
     @property
@@ -181,6 +218,7 @@ cdef class DeviceQueue(Origin):
 
     @property
     def in_flight(self):
+        self.settle()
         return self.vq.inuse
 
     @property
@@ -214,65 +252,106 @@ cdef class DeviceQueue(Origin):
     # ------------------------------------------------------------------ chain objects
 
     # A chain object is used again once nobody else holds it. Given-back ones queue up, so that the
-    # oldest, which is the likeliest to be free, comes first: a loop needs two objects, a loop over
-    # batches two batches of them. All of them hold self.memory.
+    # oldest, which is the likeliest to be free, comes first: a loop needs two objects beside those that it
+    # looks ahead, a loop over batches two batches of them. All of them hold self.memory.
 
-    cdef PyObject *front(self) except NULL:
-        # The pool's first object, borrowed, and free.
+    cdef PyObject *find(self) except NULL:
+        # A free one, which is the caller's.
         cdef PyObject *chain
-        if self.pool_count:
-            chain = self.pool[self.pool_head & self.pool_mask]
-            if Py_REFCNT(chain) == 1:
+        cdef Chain new
+        cdef int tries = 2
+        while self.pool_count and tries:
+            chain = self.take()
+            if py_unique(chain):
                 return chain
-        return self.renew()
-
-    cdef PyObject *renew(self) except NULL:
-        cdef Chain chain
-        cdef PyObject *first
-        if self.pool_count > 1:
-            # One more try; an object that is found busy again and again was taken for good.
-            chain = <Chain>self.pool[self.pool_head & self.pool_mask]
-            self.pool_head += 1
-            self.pool_count -= 1
-            Py_DECREF(chain)
-            chain.found_busy += 1
-            if chain.found_busy < 4:
+            # One that is found busy again and again was taken for good.
+            (<Chain>chain).use.found_busy += 1
+            if (<Chain>chain).use.found_busy < 4:
                 self.keep(chain)
-            first = self.pool[self.pool_head & self.pool_mask]
-            if Py_REFCNT(first) == 1:
-                return first
-        chain = Chain.__new__(Chain)
-        chain.memory = self.memory
-        if self.pool_count > self.pool_mask:
-            Py_DECREF(<Chain>self.pool[self.pool_head & self.pool_mask])
-            self.pool_head += 1
-            self.pool_count -= 1
-        Py_INCREF(chain)
-        self.pool_head -= 1
-        self.pool_count += 1
-        self.pool[self.pool_head & self.pool_mask] = <PyObject *>chain
-        return <PyObject *>chain
+            Py_DECREF(chain)
+            tries -= 1
+        new = Chain.__new__(Chain)
+        new.memory = self.memory
+        Py_INCREF(<PyObject *>new)
+        return <PyObject *>new
 
-    cdef Chain accept(self):
-        # A chain was popped into the pool's first object.
-        cdef Chain chain = <Chain>self.pool[self.pool_head & self.pool_mask]
+    cdef PyObject *take(self) noexcept:
+        # The first one, which is not the pool's any more.
+        cdef PyObject *chain = self.pool[self.pool_head & self.pool_mask]
         self.pool_head += 1
         self.pool_count -= 1
-        Py_DECREF(chain)
-        chain_start(chain, self)
         return chain
 
-    cdef void keep(self, Chain chain) noexcept:
-        if chain.memory is self.memory and self.pool_count <= self.pool_mask:
+    cdef void keep(self, PyObject *chain) noexcept:
+        if (<Chain>chain).memory is self.memory and self.pool_count <= self.pool_mask:
             Py_INCREF(chain)
-            self.pool[(self.pool_head + self.pool_count) & self.pool_mask] = <PyObject *>chain
+            self.pool[(self.pool_head + self.pool_count) & self.pool_mask] = chain
             self.pool_count += 1
 
     cdef void empty_pool(self) noexcept:
+        # And what is ahead.
+        while self.ahead_room > self.ahead_next:
+            self.ahead_room -= 1
+            Py_DECREF(self.ahead[self.ahead_room])
+        self.ahead_end = self.ahead_next
         while self.pool_count:
-            Py_DECREF(<Chain>self.pool[self.pool_head & self.pool_mask])
-            self.pool_head += 1
-            self.pool_count -= 1
+            Py_DECREF(self.take())
+
+    # A call to the ring costs less if it gives several chains: it pops some that nobody has asked for yet. They
+    # go to whoever asks next, and back to the ring (settle) before anybody asks for what depends on them: to
+    # the outside, they were never popped.
+
+    cdef int fetch(self, uint32_t most) except -2:
+        # With nothing ahead: pops up to `most` chains, or QUEUE_BATCH. How many, or -1. It makes room for as many
+        # as are likely to be there, after what was there before.
+        cdef (vhost_chain *)[QUEUE_BATCH] room
+        cdef uint32_t i, n = min(most, self.likely)
+        cdef int got
+        self.ahead_room -= self.ahead_end
+        memmove(self.ahead, self.ahead + self.ahead_end, self.ahead_room * sizeof(PyObject *))
+        self.ahead_next = self.ahead_end = 0
+        while self.ahead_room < n:
+            self.ahead[self.ahead_room] = self.find()
+            self.ahead_room += 1
+        for i in range(n):
+            room[i] = &(<Chain>self.ahead[i]).c
+        got = virtqueue_pop_batch(&self.vq, room, n)
+        self.ahead_end = max(got, 0)
+        self.found_end = self.ahead_end < n
+        self.burst = min(self.burst + self.ahead_end, <uint32_t>QUEUE_BATCH - 1)
+        self.likely = max(self.likely, self.burst + 1)
+        if self.found_end:
+            self.likely = self.burst + 1
+            self.burst = 0
+        if got > 0:
+            # What is wrong with the one behind them is found again by who comes to it.
+            self.vq.report.fault = VQ_OK
+        return got
+
+    cdef Chain next_ahead(self):
+        # The first of those that are ahead.
+        cdef PyObject *chain = self.ahead[self.ahead_next]
+        self.ahead_next += 1
+        take_references(<PyObject *>self, 1)
+        chain_start(<Chain>chain, <PyObject *>self)
+        return handed_over(chain)
+
+    cdef list all_ahead(self, uint32_t most):
+        # Up to `most` of them.
+        cdef uint32_t i, n = min(self.ahead_end - self.ahead_next, most)
+        cdef PyObject **chains = self.ahead + self.ahead_next
+        cdef list batch = PyList_New(n)
+        for i in range(n):
+            chain_start(<Chain>chains[i], <PyObject *>self)
+            PyList_SET_ITEM(<PyObject *>batch, i, chains[i])
+        take_references(<PyObject *>self, n)
+        self.ahead_next += n
+        return batch
+
+    cdef void settle(self) noexcept:
+        while self.ahead_end > self.ahead_next:
+            self.ahead_end -= 1
+            virtqueue_unpop(&self.vq, &(<Chain>self.ahead[self.ahead_end]).c)
 
     # ------------------------------------------------------------------ from the driver
 
@@ -286,58 +365,65 @@ cdef class DeviceQueue(Origin):
         if drain.rearm:
             virtqueue_disable_notification(&self.vq)
         self.draining += 1
+        self.found_end = False
         return drain
 
     def pop(self):
-        cdef PyObject *chain
-        cdef int rc
+        cdef int got
         self.must_work()
-        chain = self.front()
-        rc = virtqueue_pop(&self.vq, &(<Chain>chain).c)
-        if rc > 0:
-            return self.accept()
-        if rc < 0:
-            self.fail()
-        self.check_memory()
-        return None
+        if self.ahead_end == self.ahead_next:
+            got = self.fetch(1)
+            if got < 0:
+                self.fail()
+            if not got:
+                self.check_memory()
+                return None
+        return self.next_ahead()
 
     def pop_batch(self, uint32_t n=32):
-        # One by one: preparing an object for each of n costs more than it saves where few are there.
-        cdef PyObject *chain
-        cdef int rc
-        cdef list batch = []
+        cdef list more, batch = None
+        cdef int got
         self.must_work()
-        while n:
-            chain = self.front()
-            rc = virtqueue_pop(&self.vq, &(<Chain>chain).c)
-            if rc <= 0:
-                # A fault is sticky: those before it first, then the next call says it.
-                if rc < 0 and not batch:
-                    self.fail()
-                break
-            batch.append(self.accept())
-            n -= 1
-        if not batch:
-            self.check_memory()
-        return batch
+        while True:
+            if self.ahead_end == self.ahead_next:
+                got = self.fetch(n)
+                if got <= 0:
+                    break
+            more = self.all_ahead(n)
+            batch = more if batch is None else batch + more
+            n -= <uint32_t>len(more)
+            if not n or self.found_end:
+                return batch
+        if batch is not None:
+            return batch  # a fault is sticky: the next call says it
+        if got < 0:
+            self.fail()
+        self.check_memory()
+        return []
 
     def unpop(self, Chain chain not None):
         self.must_be_open()
-        if chain.queue is not self or virtqueue_unpop(&self.vq, &chain.c):
+        self.settle()
+        if chain.queue != <PyObject *>self or virtqueue_unpop(&self.vq, &chain.c):
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
         if unlikely(self.vq.log != NULL):
             self.mark(chain, 0)
-        chain.queue = None
-        self.keep(chain)
+        self.let_go(<PyObject *>chain)
 
     # ------------------------------------------------------------------ to the driver
 
     cdef int must_be_ours(self, Chain chain) except -1:
-        if unlikely(chain.queue is not self):
+        if unlikely(chain.queue != <PyObject *>self):
             self.must_be_open()
             chain.must_be_out()
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} was popped from another queue")
         return 0
+
+    cdef void let_go(self, PyObject *chain) noexcept:
+        # It is not out any more. The caller holds another reference to this queue.
+        (<Chain>chain).queue = NULL
+        drop_references(<PyObject *>self, 1)
+        self.keep(chain)
 
     cdef int stage(self, Chain chain, int64_t written) except -1:
         cdef int rc
@@ -352,13 +438,41 @@ cdef class DeviceQueue(Origin):
         rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>written)
         if rc:
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
-        chain.queue = None
-        self.keep(chain)
+        self.let_go(<PyObject *>chain)
         return 0
 
     cdef int give(self, Chain chain, object written) except -1:
         self.must_be_ours(chain)
-        return self.stage(chain, chain.written if written is None else length_of(written))
+        return self.stage(chain, chain.use.written if written is None else length_of(written))
+
+    cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1:
+        # Chains from `start` on, at most QUEUE_BATCH: how many were staged before the first that is not as most are.
+        cdef virtqueue_used[QUEUE_BATCH] used
+        cdef int64_t n_written
+        cdef Py_ssize_t i, n = min(<Py_ssize_t>QUEUE_BATCH, len(batch) - start)
+        cdef PyObject *chain
+        if self.closed or self.vq.log != NULL:
+            return 0
+        for i in range(n):
+            chain = PyList_GET_ITEM(<PyObject *>batch, start + i)
+            if type(<object>chain) is not Chain or (<Chain>chain).queue != <PyObject *>self:
+                break
+            n_written = (<Chain>chain).use.written
+            if lengths is not None:
+                n_written = plain_length(PyList_GET_ITEM(<PyObject *>lengths, start + i))
+                if <uint64_t>n_written > <uint64_t>0xffffffff:
+                    break
+            used[i].id = (<Chain>chain).c.id
+            used[i].written = <uint32_t>n_written
+        else:
+            i = n
+        n = virtqueue_fill_batch(&self.vq, used, <unsigned int>i)
+        for i in range(n):
+            chain = PyList_GET_ITEM(<PyObject *>batch, start + i)
+            (<Chain>chain).queue = NULL
+            self.keep(chain)
+        drop_references(<PyObject *>self, n)
+        return n
 
     cdef int take_back(self, Chain chain, uint32_t written) except -1:
         # As push, for the chain itself, which knows that it is out.
@@ -371,6 +485,7 @@ cdef class DeviceQueue(Origin):
     cdef int refuse(self, Chain chain, virtqueue_fault fault, uint32_t value, uint32_t limit) except -1:
         # As an engine would: no request that could even be answered.
         self.must_work()
+        self.settle()
         self.vq.report.fault = fault
         self.vq.report.head = chain.c.id
         self.vq.report.value = value
@@ -385,15 +500,19 @@ cdef class DeviceQueue(Origin):
 
     def push_batch(self, chains, written=None):
         cdef list batch = chains if type(chains) is list else list(chains)
-        cdef Py_ssize_t i
+        cdef Py_ssize_t staged, i = 0
         cdef list lengths = None
         if written is not None:
             lengths = written if type(written) is list else list(written)
             if len(lengths) != len(batch):
                 raise ValueError(f"{self.name}: {len(batch)} chains, but {len(lengths)} lengths")
         try:
-            for i in range(len(batch)):
-                self.give(<Chain?>batch[i], None if lengths is None else lengths[i])
+            while i < len(batch):
+                staged = self.give_batch(batch, i, lengths)
+                if not staged:
+                    self.give(<Chain?>batch[i], None if lengths is None else lengths[i])
+                    staged = 1
+                i += staged
         finally:
             # Those before one that was refused are given back.
             if not self.closed:
@@ -459,7 +578,7 @@ cdef class DeviceQueue(Origin):
     cdef int mark(self, Chain chain, uint32_t written) except -1:
         # What a view was made of may have been written by anybody.
         virtqueue_log_chain(
-            &self.vq, chain.memory.c, &chain.c, max(written, chain.written, chain.touched)
+            &self.vq, chain.memory.c, &chain.c, max(written, chain.use.written, chain.use.touched)
         )
         return 0
 
@@ -477,6 +596,7 @@ cdef class DeviceQueue(Origin):
 
     def enable_notification(self):
         self.must_be_open()
+        self.settle()
         return virtqueue_enable_notification(&self.vq)
 
     def disable_notification(self):
@@ -484,7 +604,9 @@ cdef class DeviceQueue(Origin):
         virtqueue_disable_notification(&self.vq)
 
     def has_work(self):
-        return not self.closed and self.reason is None and not self.vq.report.fault and virtqueue_has_work(&self.vq)
+        if self.closed or self.reason is not None or self.vq.report.fault:
+            return False
+        return self.ahead_end > self.ahead_next or virtqueue_has_work(&self.vq)
 
     # ------------------------------------------------------------------ the queue's life
 
@@ -492,6 +614,7 @@ cdef class DeviceQueue(Origin):
         cdef virtqueue_areas areas
         cdef GuestMemory before = self.memory  # which the ring lies in until it has moved
         self.must_be_open()
+        self.settle()
         if self.iotlb is None:
             find_areas(
                 self.name, memory, None, self.vq.num, self.vq.is_packed, self.addrs, self.user_addresses, &areas
@@ -511,6 +634,7 @@ cdef class DeviceQueue(Origin):
         cdef list missing
         if self.iotlb is None:
             raise InvalidQueue(f"{self.name}: has no IOTLB")
+        self.settle()
         missing = missing_areas(self.iotlb, self.vq.num, self.vq.is_packed, self.addrs)
         if missing:
             virtqueue_unmap(&self.vq, missing[0][0], missing[0][1])
@@ -549,6 +673,7 @@ cdef class DeviceQueue(Origin):
         return None
 
     def close(self):
+        self.settle()
         self.closed = True
         # They are the caller's, who may close them now: a device that kept the queue must not hit others.
         self.kick = self.to_driver.fd = self.err = -1
@@ -576,6 +701,7 @@ cdef class DeviceQueue(Origin):
 
     def mark_broken(self, str reason not None):
         if self.reason is None:
+            self.settle()
             self.reason = reason
             signal(self.err)
 
@@ -593,6 +719,7 @@ cdef class DeviceQueue(Origin):
             elif self.inflight is not None and self.inflight.broken:
                 self.mark_broken("the file of the in-flight buffer was truncated")
             elif self.vq.report.fault and self.vq.report.fault != VQ_MISS:
+                self.settle()
                 self.reason = fault_reason(&self.vq.report)
                 signal(self.err)
         return 0
@@ -620,34 +747,44 @@ cdef class Drain:
         return self
 
     def __next__(self):
+        # Nothing is ahead of a queue that is closed or broken.
         cdef DeviceQueue queue = self.queue
-        cdef PyObject *chain
-        cdef int rc
-        if queue is None:
+        if queue is None or (queue.ahead_end == queue.ahead_next or not self.left) and not self.look():
             raise StopIteration
-        if queue.closed or queue.reason is not None:
-            queue.must_work()
+        self.left -= 1
+        return queue.next_ahead()
+
+    cdef bint look(self) except -1:
+        # Chains are ahead, or the drain is at its end.
+        cdef DeviceQueue queue = self.queue
+        cdef uint32_t most = LOOP_AHEAD
+        cdef int got
+        queue.must_work()
+        if queue.iotlb is not None or queue.inflight is not None:
+            most = 1  # where a mapping can be lost, or each pop is written down, none comes before its turn
         while self.left:
-            self.left -= 1
-            chain = queue.front()
-            rc = virtqueue_pop(&queue.vq, &(<Chain>chain).c)
-            if rc > 0:
-                return queue.accept()
-            if rc < 0:
-                queue.fail()
-            queue.check_memory()
-            # Empty, but what comes between this look and the re-arming makes no kick: look again. That
+            if not queue.found_end or not self.rearm:
+                got = queue.fetch(min(self.left, most))
+                if got > 0:
+                    return True
+                if got < 0:
+                    queue.fail()
+                queue.check_memory()
+            # Empty, but what comes between that look and the re-arming makes no kick: look again. That
             # counts as a chain, lest an index that flickers keep us here.
+            self.left -= 1
             if not self.rearm or not virtqueue_enable_notification(&queue.vq):
                 break
             virtqueue_disable_notification(&queue.vq)
+            queue.found_end = False
         self.finish(True)
-        raise StopIteration
+        return False
 
     cdef int finish(self, bint again) except -1:
         cdef DeviceQueue queue = self.queue
         self.queue = None
         queue.draining -= 1
+        queue.settle()
         if queue.closed:
             return 0
         if self.rearm and queue.reason is None and virtqueue_enable_notification(&queue.vq) and again:

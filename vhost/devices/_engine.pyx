@@ -63,6 +63,7 @@ cdef class Engine:
             raise ValueError(f"{queue.name} is attached already")
         if worker >= self.c.nworkers:
             raise ValueError(f"worker {worker}, must be below {self.c.nworkers}")
+        queue.settle()
         cfg.vq = &queue.vq
         cfg.ops = one.ops
         cfg.kick = queue.kick
