@@ -11,13 +11,16 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.px
 .PHONY: all demo test test-c test-asan test-tsan test-peers test-guest test-unit peers bench lint wheel clean system
 all: $(VENV)/built
 
-# Python's headers and ensurepip are packages of their own on Debian.
+# Python's headers and ensurepip are packages of their own on Debian. liburing is wanted, not needed.
+HAVE_PYTHON := $(PYTHON) -c 'import ensurepip, os, sysconfig as s, sys; \
+    sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null
+HAVE_LIBURING := printf '\043include <liburing.h>\n' | $(CC) -E -x c - >/dev/null 2>&1
 system:
-	@$(PYTHON) -c 'import ensurepip, os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null || \
+	@$(HAVE_PYTHON) && $(HAVE_LIBURING) || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev gcc libc6-dev liburing-dev; \
 	else \
-	    echo "pyvhost: needs the packages python3-venv, python3-dev and gcc" >&2; exit 1; \
+	    $(HAVE_PYTHON) || { echo "pyvhost: needs the packages python3-venv, python3-dev and gcc" >&2; exit 1; }; \
 	fi
 
 $(VENV)/made: | system

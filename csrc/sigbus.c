@@ -138,6 +138,27 @@ static struct sigbus_entry *find(uintptr_t addr, struct sigbus_entry *copy)
 }
 
 /*
+ * mmap over pages that other threads are copying to and from, on purpose: what they copy is lost, and
+ * `broken`, whose order TSan does check, says so.
+ */
+static void *map_over(void *addr, size_t len)
+{
+	void *got;
+
+#ifdef __SANITIZE_THREAD__
+	void AnnotateIgnoreWritesBegin(const char *, int), AnnotateIgnoreWritesEnd(const char *, int);
+
+	AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+	got = mmap(addr, len, PROT_READ | PROT_WRITE,
+		   MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE | MAP_NORESERVE, -1, 0);
+#ifdef __SANITIZE_THREAD__
+	AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
+	return got;
+}
+
+/*
  * Zero pages from the page of `addr` to `end`; where they start, or 0. Where the mapping is of huge
  * pages the kernel refuses (EINVAL) to replace a part of one, so the bounds widen to its size; such
  * a mapping always ends on that bound, so nothing of anybody else's is hit.
@@ -152,9 +173,7 @@ static uintptr_t cover(const struct sigbus_entry *e, uintptr_t addr, uintptr_t e
 
 		if (e->base & mask)
 			return 0;
-		if (mmap((void *)from, to - from, PROT_READ | PROT_WRITE,
-			 MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE | MAP_NORESERVE, -1,
-			 0) != MAP_FAILED)
+		if (map_over((void *)from, to - from) != MAP_FAILED)
 			return from;
 		if (errno != EINVAL)
 			return 0;
