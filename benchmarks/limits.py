@@ -149,6 +149,7 @@ DISTANCES = (
     *_file("randwrite", PWRITE),
     Distance("net", (OURS, DPDK), MPPS, (COPY_64,), {"size": 64}),
     Distance("net", (OURS, DPDK), MPPS, (COPY_1500,), {"size": 1500}),
+    Distance("net", (OURS, DPDK), MPPS, (LINE,), {"size": 64, "direction": "loop"}),
     Distance("session", (BLK,), US, (SOCKET,), {"what": "GET_FEATURES", "placement": "two cores"}),
     Distance("kernel", (IOCTL, ROW, METHOD), US, (SYSCALL,), {"ioctl": "VHOST_GET_FEATURES"}),
 )

@@ -152,6 +152,21 @@ def test_serve_net(tmp_path: Path) -> None:
         assert (counters["tx_frames"], counters["rx_bytes"], counters["dropped_long"]) == (1, 9000, 0)
 
 
+def test_counters_are_those_of_whom_it_serves(tmp_path: Path) -> None:
+    """Devices of sessions that ended have nothing more to say."""
+    path = tmp_path / "s"
+    with serving("net", "--socket-path", path, "--drop") as server:
+        assert server.stderr is not None
+        for session in (1, 2, 3):
+            with vhost.Frontend.connect(path) as frontend, vhost.drivers.Net(frontend) as nic:
+                for _ in range(session):
+                    nic.send(bytes(64))
+                nic.flush(10)
+                for _ in range(2):
+                    server.send_signal(signal.SIGUSR1)
+                    assert json.loads(server.stderr.readline())["tx_frames"] == session
+
+
 def test_a_guest_comes_back_to_the_same_address(tmp_path: Path) -> None:
     path = tmp_path / "s"
     macs = set()

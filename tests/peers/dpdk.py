@@ -40,6 +40,11 @@ class Packets:
     tx: int
     rx_errors: int
     tx_errors: int
+    rx_bytes: int
+    tx_bytes: int
+    rx_rate: int
+    """A second, since the last look; by the program's own clock. Of the first, nothing can be said."""
+    tx_rate: int
 
 
 class Testpmd:
@@ -72,6 +77,8 @@ class Testpmd:
             stderr=subprocess.STDOUT,
             # Where it keeps what identifies it: each has its own, so that any number can run.
             env={**os.environ, "RUNTIME_DIRECTORY": self._runtime.name},
+            # For the scheduler a group of its own, which one who measures may prefer.
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -102,13 +109,14 @@ class Testpmd:
         server: bool = False,
         cpu: int = 1,
         vdev: str = "",
+        options: tuple[str, ...] = (),
     ) -> Self:
         """virtio_user: a client of ``path``, or its server, which does nothing before a back-end comes.
-        ``vdev`` adds to its arguments, such as "mrg_rxbuf=0,in_order=0"."""
+        ``vdev`` adds to its arguments, such as "mrg_rxbuf=0,in_order=0"; ``options`` are testpmd's own."""
         control = int(queues > 1)  # the control queue, by which it asks for more than one pair
         device = f"net_virtio_user0,path={path},queues={queues},cq={control},packed_vq={int(packed)}"
         device += ",server=1" if server else ""
-        return cls(_join(device, vdev), cpu=cpu, queues=queues)._started(wait=not server)
+        return cls(_join(device, vdev), cpu=cpu, queues=queues, options=options)._started(wait=not server)
 
     def _started(self, *, wait: bool) -> Self:
         if wait:
@@ -140,7 +148,9 @@ class Testpmd:
             assert match, f"no {name} in {text!r}"
             return int(match[1])
 
-        return Packets(*map(number, ("RX-packets", "TX-packets", "RX-errors", "TX-errors")))
+        names = ("packets", "errors", "bytes")
+        counts = (number(f"{way}-{name}") for name in names for way in ("RX", "TX"))
+        return Packets(*counts, number("Rx-pps"), number("Tx-pps"))
 
     def wait_for_packets(self, *, rx: int = 0, tx: int = 0, timeout: float = DEADLINE) -> Packets:
         """Until so many were received and sent."""

@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -160,20 +159,6 @@ def serve_vhost_user(args: argparse.Namespace, sources: Sequence[tuple[str | Non
     from vhost.devices.base import Device
     from vhost.user.server import Server
 
-    alive: weakref.WeakSet[Device] = weakref.WeakSet()
-
-    def noted(source: DeviceSource) -> DeviceSource:
-        if isinstance(source, Device):
-            alive.add(source)
-            return source
-
-        def make() -> Device:
-            device = source()
-            alive.add(device)
-            return device
-
-        return make
-
     with contextlib.ExitStack() as stack:
         for _, source in sources:
             if isinstance(source, Device):
@@ -182,7 +167,7 @@ def serve_vhost_user(args: argparse.Namespace, sources: Sequence[tuple[str | Non
         servers = [
             stack.enter_context(
                 Server(
-                    noted(source),
+                    source,
                     path,
                     fd=args.fd,
                     without=args.without.protocol,
@@ -195,7 +180,7 @@ def serve_vhost_user(args: argparse.Namespace, sources: Sequence[tuple[str | Non
         print(f"vhost: serving {args.device} on {where}", file=sys.stderr, flush=True)
 
         def signalled() -> None:
-            if react(wakeup, alive):
+            if react(wakeup, [device for server in servers for device in server.devices]):
                 for server in servers:
                     server.close()
 

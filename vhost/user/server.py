@@ -250,6 +250,13 @@ class Server:
         except Exception:
             log.exception("%s: close", type(device).__name__)
 
+    @property
+    def devices(self) -> list[Device]:
+        """Those that are served now: one for each session, or the one for all of them."""
+        if isinstance(self._device, Device):
+            return [self._device]
+        return [backend.device for backend in self.backends.values()]
+
     def serve_forever(self) -> None:
         """Until ``close()``, or the end of the one session of a connected ``fd``."""
         while not self.closed:
