@@ -169,7 +169,7 @@ int net_tx_send(struct net_tx *tx, const struct net_out *frames, unsigned n)
 static const char *const fault_texts[] = {
 	[NET_OK] = "no fault",
 	[NET_SHORT] = "fewer bytes than a frame with its header has",
-	[NET_LONG] = "more bytes than the buffer has",
+	[NET_LONG] = "more bytes than the buffer has, or than any frame",
 	[NET_BUFFERS] = "num_buffers beyond the buffers that were used with it",
 	[NET_CSUM] = "csum_start and csum_offset point outside the frame",
 };
@@ -221,6 +221,8 @@ static int repost(struct net_rx *rx)
 
 int net_rx_fill(struct net_rx *rx)
 {
+	if (rx->dq->num_free < rx->slots.num)
+		return -EBUSY;
 	for (uint32_t i = 0; i < rx->slots.num; i++)
 		rx->parts[i].slot = (uint16_t)i;
 	rx->nparts = rx->slots.num;
@@ -300,6 +302,8 @@ static int take_frame(struct net_rx *rx, struct net_in *f)
 			return rc;
 		total += rx->parts[rx->nparts - 1].len;
 	}
+	if (unlikely(total > UINT32_MAX)) /* so many buffers, of such a size */
+		return set_fault(rx, NET_LONG, total, UINT32_MAX);
 	f->nparts = buffers;
 	f->len = (uint32_t)(total - rx->hdr_len);
 	end = (uint64_t)f->header.csum_start + f->header.csum_offset + 2;

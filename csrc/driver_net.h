@@ -81,7 +81,7 @@ int net_tx_send(struct net_tx *tx, const struct net_out *frames, unsigned n);
 enum net_fault { /* what the device did with one frame; the ring itself is well */
 	NET_OK,
 	NET_SHORT,   /* fewer bytes than header and Ethernet header */
-	NET_LONG,    /* more bytes than the buffer has */
+	NET_LONG,    /* more bytes than the buffer has, or than are counted in 32 bits */
 	NET_BUFFERS, /* num_buffers beyond what came with it, or beyond the ring */
 	NET_CSUM,    /* the place of the checksum lies outside the frame */
 };
@@ -119,7 +119,7 @@ int net_rx_init(struct net_rx *rx, struct driver_queue *dq, const struct net_slo
 		uint32_t hdr_len, bool mergeable, int kick);
 void net_rx_destroy(struct net_rx *rx);
 
-/* Gives all slots to the device, for the first time; does not kick. 0, or -EIO. */
+/* Gives all slots to the device, for the first time; does not kick. 0, -EIO, or -EBUSY: it has some. */
 int net_rx_fill(struct net_rx *rx);
 
 /* Takes up to n frames, whose buffers are ours until net_rx_release(), which must come before the next

@@ -69,7 +69,9 @@ const struct engine_ops net_transmit_ops = {
 /* Frames that found no buffer wait on the wire until there are some again. */
 static bool has_buffers_again(struct engine_queue *q)
 {
-	return pair_of(q)->wire->receive && pair_of(q)->rx.starved && virtqueue_has_work(q->vq);
+	struct net_pair *p = pair_of(q);
+
+	return p->wire->receive && p->rx.starved && !p->rx.stuck && virtqueue_has_work(q->vq);
 }
 
 static bool serve_receive(struct engine_worker *w, struct engine_queue *q)
@@ -77,7 +79,7 @@ static bool serve_receive(struct engine_worker *w, struct engine_queue *q)
 	struct net_pair *p = pair_of(q);
 	bool busy;
 
-	if (!p->wire->receive || !p->rx.queue || (p->rx.starved && !virtqueue_has_work(q->vq)))
+	if (!p->wire->receive || !p->rx.queue || p->rx.stuck || (p->rx.starved && !virtqueue_has_work(q->vq)))
 		return false;
 	busy = p->wire->receive(w, p);
 	if (p->rx.starved)
@@ -89,7 +91,7 @@ static bool arm_receive(struct engine_queue *q)
 {
 	struct net_pair *p = pair_of(q);
 
-	return p->wire->receive && p->rx.starved && engine_arm(q);
+	return p->wire->receive && p->rx.starved && !p->rx.stuck && engine_arm(q);
 }
 
 /* From here on frames find it, whichever queue is served first. */

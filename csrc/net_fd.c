@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -41,7 +42,7 @@ static bool write_frame(const struct net_input *in, const struct net_header *hea
 
 	do {
 		if (in->socket) {
-			done = sendmsg(in->fd, &message, MSG_NOSIGNAL);
+			done = sendmsg(in->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 		} else {
 			all[0] = (struct iovec){ (void *)header, sizeof(*header) };
 			memcpy(all + 1, iov, num * sizeof(*iov));
@@ -105,12 +106,22 @@ static enum net_drop take(struct net_input *in, struct net_frame *f, struct iove
 	return net_frame_fits(f, &in->able) ? NET_PASSES : net_frame_fit(f, iov->iov_base, iov);
 }
 
-/* A socket that gives nothing has an empty message, or is at its end: that it says for ever. */
+/* Of a socket it matters, too, that others with the same open file may have made it one that blocks. */
+static ssize_t read_frame(const struct net_input *in, uint8_t *to)
+{
+	return in->socket ? recv(in->fd, to, SLOT, MSG_DONTWAIT) : read(in->fd, to, SLOT);
+}
+
+/* A socket that gives nothing has an empty message, or is at its end: that it says for ever. There may be frames
+ * behind an empty message whose sender has gone since. */
 static bool has_ended(const struct net_input *in)
 {
 	struct pollfd p = { .fd = in->fd, .events = POLLRDHUP };
+	int left = 0;
 
-	return poll(&p, 1, 0) == 1 && p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL);
+	if (poll(&p, 1, 0) != 1 || !(p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)))
+		return false;
+	return !in->socket || ioctl(in->fd, FIONREAD, &left) || !left;
 }
 
 /* Reads a batch: false if there was nothing. */
@@ -123,7 +134,7 @@ static bool fill(struct net_pair *p)
 	in->at = in->n = 0;
 	in->able = p->rx.offloads;
 	while (reads < ENGINE_BATCH && at + SLOT <= ARENA && !in->ended) {
-		ssize_t got = read(in->fd, in->data + at, SLOT);
+		ssize_t got = read_frame(in, in->data + at);
 		enum net_drop why;
 
 		if (got < 0 && errno == EINTR)

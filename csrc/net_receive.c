@@ -14,7 +14,7 @@
 int net_receiver_init(struct net_receiver *r)
 {
 	r->queue = NULL;
-	r->starved = false;
+	r->starved = r->stuck = false;
 	r->head = r->tail = r->made = 0;
 	r->chains = calloc(NET_BUFFERS_MAX, sizeof(*r->chains));
 	r->at = calloc(NET_BUFFERS_MAX, sizeof(*r->at));
@@ -40,7 +40,7 @@ void net_receiver_destroy(struct net_receiver *r)
 void net_receiver_open(struct net_receiver *r, struct engine_queue *queue)
 {
 	r->queue = queue;
-	r->starved = false;
+	r->starved = r->stuck = false;
 	/* Who fills it waits for frames, not for buffers. */
 	virtqueue_disable_notification(queue->vq);
 }
@@ -130,6 +130,16 @@ static void give_back_useless(struct engine_worker *w, struct net_receiver *r)
 	}
 }
 
+/* The first n buffers, which are all that there are, take up the whole ring: no more can come before some go. */
+static bool has_all_there_can_be(const struct net_receiver *r, uint32_t n)
+{
+	uint32_t slots = 0;
+
+	while (n)
+		slots += net_receiver_buffer(r, --n)->ndesc;
+	return slots >= r->queue->vq->num;
+}
+
 uint32_t net_receiver_room(struct engine_worker *w, struct net_receiver *r, uint32_t len, enum net_drop *why)
 {
 	uint64_t room = 0;
@@ -143,7 +153,10 @@ uint32_t net_receiver_room(struct engine_worker *w, struct net_receiver *r, uint
 			return 0;
 		}
 		if (net_receiver_fetch(w, r, n + 1) <= n) {
-			r->starved = true;
+			if (has_all_there_can_be(r, n))
+				*why = NET_DROP_NO_ROOM;
+			else
+				r->starved = true;
 			return 0;
 		}
 		room += net_receiver_buffer(r, n++)->in_len;
@@ -173,7 +186,7 @@ static void put(struct cursor *at, const void *from, size_t n)
 		}
 		iov = &at->c->iov[at->c->out_num + at->piece];
 		part = iov->iov_len - at->off < n ? iov->iov_len - at->off : n;
-		memcpy((uint8_t *)iov->iov_base + at->off, in, part);
+		memmove((uint8_t *)iov->iov_base + at->off, in, part); /* a driver may receive where it sends from */
 		in += part;
 		n -= part;
 		at->off += part;
@@ -237,7 +250,7 @@ static unsigned deliver_simple(struct net_receiver *r, const struct net_frame *f
 		if (i + PREFETCH_AHEAD < n && f->len > 64)
 			__builtin_prefetch((const uint8_t *)f[PREFETCH_AHEAD].iov->iov_base + 64);
 		put_header(to, &f->header, hdr_len);
-		memcpy(to + hdr_len, f->iov->iov_base, f->len);
+		memmove(to + hdr_len, f->iov->iov_base, f->len);
 		used[i] = (struct virtqueue_used){ c->id, total };
 		bytes += f->len;
 	}

@@ -24,6 +24,7 @@ struct net_receiver {
 	/* The worker's own. */
 	struct engine_queue *queue; /* NULL: it is not there */
 	bool starved;		    /* there was a frame, and no buffer: kicks are wanted */
+	bool stuck;		    /* what its wire has does not fit into what is there, and nothing else will come */
 	struct vhost_chain *chains; /* NET_BUFFERS_MAX, used as a circle */
 	struct vhost_chain **at;    /* their addresses, for who takes a batch */
 	uint32_t head, tail;	    /* free-running: buffers that were taken ahead lie between the two */

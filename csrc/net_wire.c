@@ -114,15 +114,17 @@ static bool receive_source(struct engine_worker *w, struct net_pair *p)
 	struct iovec iov = { (void *)p->source, p->source_len };
 	struct net_frame frames[ENGINE_BATCH];
 	uint64_t before = p->counters.rx_frames;
-	unsigned n = net_receiver_fetch(w, &p->rx, ENGINE_BATCH), i;
+	unsigned n = net_receiver_fetch(w, &p->rx, ENGINE_BATCH), done, i;
 
 	if (n > ENGINE_BATCH)
 		n = ENGINE_BATCH;
 	for (i = 0; i < n; i++)
 		frames[i] = (struct net_frame){ .len = p->source_len, .num = 1, .iov = &iov };
-	net_receiver_put(w, &p->rx, frames, n);
-	/* Buffers that are there and hold no frame do not grow by trying again. */
+	done = net_receiver_put(w, &p->rx, frames, n);
 	p->rx.starved = p->counters.rx_frames == before;
+	/* It was dropped. Buffers that are there and hold no frame do not grow by trying again, and those in front
+	 * stay there. */
+	p->rx.stuck = p->rx.starved && done;
 	return !p->rx.starved;
 }
 

@@ -5,6 +5,7 @@
  * a byte too many.
  */
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -325,6 +326,49 @@ static void test_too_long(void)
 	}
 }
 
+/* Of buffers that together have more bytes than 32 bits count, none is read beyond what was allocated for it. */
+static void test_more_than_4_gib(void)
+{
+	const uint32_t size = 1u << 31;
+	struct net_slots slots = { .addr = ADDR, .size = size, .num = 3 };
+
+	slots.host = mmap(NULL, 3 * (size_t)size, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(slots.host != MAP_FAILED);
+	for (int packed = 0; packed < 2; packed++) {
+		struct options o = { .packed = packed, .num = NUM };
+		struct net_header h = { .num_buffers = 2 };
+		struct net_in f[NUM];
+		struct net_rx rx;
+		struct seen s[3];
+		struct rig r;
+
+		set_context(&o);
+		rig_init(&r, &o);
+		CHECK_EQ(net_rx_init(&rx, &r.dq, &slots, 12, true, -1), 0);
+		CHECK_EQ(net_rx_fill(&rx), 0);
+		for (uint16_t buffers = 2; buffers < 4; buffers++) {
+			h.num_buffers = buffers;
+			for (int i = 0; i < buffers; i++) {
+				CHECK(dev_pop(&r, &s[i]));
+				if (!i)
+					memcpy(slots.host + (s[i].bufs[0].addr - ADDR), &h, sizeof(h));
+			}
+			for (int i = 0; i < buffers; i++)
+				dev_use(&r, &s[i], i == 1 && buffers == 2 ? size - 1 : size);
+			CHECK_EQ(net_rx_take(&rx, f, NUM), buffers == 2 ? 1 : -EBADMSG);
+			if (buffers == 2)
+				CHECK_EQ(f[0].len, UINT32_MAX - 12);
+			else
+				CHECK_EQ(rx.fault, NET_LONG);
+			CHECK_EQ(net_rx_release(&rx), 0);
+		}
+		net_rx_destroy(&rx);
+		rig_free(&r);
+	}
+	munmap(slots.host, 3 * (size_t)size);
+}
+
 /* Anything at all in lengths and headers: nothing is read or written outside, no buffer is lost. */
 static void test_random(void)
 {
@@ -457,6 +501,7 @@ int main(void)
 	RUN(test_receive);
 	RUN(test_lies);
 	RUN(test_too_long);
+	RUN(test_more_than_4_gib);
 	RUN(test_random);
 	RUN(test_csum);
 	RUN(test_pumps);

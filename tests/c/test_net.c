@@ -427,6 +427,59 @@ static void test_no_room(void)
 	}
 }
 
+/* A frame for which all buffers of a full ring are too small, merged: it would be waited for in vain. */
+static void test_no_room_in_a_whole_ring(void)
+{
+	FOR_EACH_KIND(k) {
+		struct piece in[2] = { { RX, 20, W }, { RX + 20, 20, W } };
+		struct net_rig n;
+		unsigned count = 0;
+
+		for (unsigned pieces = 1; pieces < 3; pieces++) {
+			net_rig_init(&n, kinds[k]);
+			while (n.rx.free >= pieces && rig_add(&n.rx, in, pieces) >= 0)
+				count += 20 * pieces;
+			while (n.rx.free && rig_add(&n.rx, in, 1) >= 0)
+				count += 20;
+			send_one(&n, count - HDR + 1);
+			CHECK_EQ(n.pair.counters.dropped[NET_DROP_NO_ROOM], 1);
+			CHECK(!n.pair.rx.starved);
+			expect_no_used(&n.rx);
+			send_one(&n, count - HDR);
+			CHECK_EQ(n.pair.counters.rx_frames, 1);
+			CHECK_EQ(dropped(&n), 1);
+			count = 0;
+			net_rig_destroy(&n);
+		}
+	}
+}
+
+/* A driver may receive where it sends from: nothing but its own data suffers. */
+static void test_a_frame_that_lies_in_its_buffer(void)
+{
+	uint8_t want[200], got[200];
+
+	FOR_EACH_KIND(k)
+		for (unsigned pieces = 1; pieces < 3; pieces++) {
+			struct piece in[2] = { { RX, pieces == 1 ? 400 : 100, W }, { RX + 100, 300, W } };
+			struct iovec iov;
+			struct net_frame f = { .len = sizeof(want), .num = 1, .iov = &iov };
+			struct net_rig n;
+			int rx;
+
+			net_rig_init(&n, kinds[k]);
+			rx = rig_add(&n.rx, in, pieces);
+			iov = (struct iovec){ ram(&n.rx, RX + HDR + 8), sizeof(want) };
+			make_frame(want, (struct net_header){ 0 }, 0, sizeof(want));
+			put_ram(&n.rx, RX + HDR + 8, want, sizeof(want));
+			CHECK_EQ(net_receiver_put(n.worker, &n.pair.rx, &f, 1), 1);
+			expect_used(&n.rx, rx, HDR + sizeof(want));
+			get_ram(&n.rx, RX + HDR, got, sizeof(got));
+			CHECK(!memcmp(got, want, sizeof(got)));
+			net_rig_destroy(&n);
+		}
+}
+
 /* No frame fits where its header does not (5.1.6.3.1). */
 static void test_buffers_without_room_for_a_header(void)
 {
@@ -656,6 +709,16 @@ static void test_drop(void)
 	net_rig_destroy(&n);
 }
 
+/* The queue stops, and starts with other rules. */
+static void renegotiate(struct net_rig *n, bool mergeable)
+{
+	n->rxq.engine.leaving = true;
+	net_receive_ops.settle(&n->rxq.engine);
+	n->rxq.engine.leaving = false;
+	n->pair.rx.mergeable = mergeable;
+	net_receive_ops.begin(&n->rxq.engine);
+}
+
 static void test_source(void)
 {
 	uint8_t frame[300], got[300];
@@ -690,19 +753,23 @@ static void test_source(void)
 		}
 		get_ram(&n.rx, RX + HDR, got, sizeof(got));
 		CHECK(!memcmp(frame, got, sizeof(got)));
-		/* Nor does it try for ever what does not fit. */
-		n.pair.rx.mergeable = false;
-		rig_add(&n.rx, &small, 1);
+		/* Nor does it try for ever what does not fit, however many buffers there are. */
+		renegotiate(&n, false);
+		for (unsigned i = 0; i < 40; i++)
+			rig_add(&n.rx, &small, 1);
 		CHECK(!serve_rx(&n));
 		CHECK(!serve_rx(&n));
 		CHECK(!net_receive_ops.has_work(&n.rxq.engine));
+		CHECK(!net_receive_ops.arm(&n.rxq.engine));
 		CHECK_EQ(n.pair.counters.rx_frames, 40);
 		/* A buffer of no use in front keeps nobody from what comes after it, once it is merged. */
-		n.pair.rx.mergeable = true;
+		renegotiate(&n, true);
 		rx = rig_add(&n.rx, &in, 1);
 		CHECK(serve_rx(&n));
+		while (serve_rx(&n))
+			;
 		(void)rx;
-		CHECK_EQ(n.pair.counters.rx_frames, 41);
+		CHECK_EQ(n.pair.counters.rx_frames, 40 + 10 + 1); /* of four small ones each, and the last */
 		net_rig_destroy(&n);
 	}
 }
@@ -743,6 +810,8 @@ int main(void)
 	RUN(test_pieces_that_are_marked_as_writable);
 	RUN(test_no_buffer);
 	RUN(test_no_room);
+	RUN(test_no_room_in_a_whole_ring);
+	RUN(test_a_frame_that_lies_in_its_buffer);
 	RUN(test_buffers_without_room_for_a_header);
 	RUN(test_receive_buffer_with_a_readable_part);
 	RUN(test_longer_than_the_receivers_mtu);

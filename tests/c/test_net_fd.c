@@ -3,6 +3,7 @@
  * The wire with a descriptor, against sockets: what looks like a tap to it is a socket, too, whose messages have
  * the header that a tap's frames have. So the far end can say what no kernel would.
  */
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -189,6 +190,80 @@ static void test_frames_in_many_pieces(void)
 	}
 }
 
+/* An empty message is none, wherever it is among others, also if who sent them is gone. */
+static void test_frames_behind_an_empty_message(void)
+{
+	FOR_EACH_KIND(k) {
+		struct wire w;
+		int heads[3];
+
+		wire_init(&w, kinds[k], false);
+		for (unsigned i = 0; i < 3; i++) {
+			heads[i] = post(&w, i);
+			CHECK_EQ(send(w.far, "", 0, 0), 0);
+			say(&w, (struct net_header){ 0 }, 60);
+		}
+		close(w.far);
+		while (serve_rx(&w.n))
+			;
+		for (unsigned i = 0; i < 3; i++)
+			expect_used(&w.n.rx, heads[i], HDR + 60);
+		CHECK_EQ(dropped(&w.n), 3);
+		CHECK(!serve_rx(&w.n));
+		w.far = dup(w.near);
+		wire_destroy(&w);
+	}
+}
+
+/* Whoever has the same open file may say that it blocks. */
+static void test_a_socket_that_blocks(void)
+{
+	struct piece p = { TX, HDR + 1000, 0 };
+	struct wire w;
+
+	wire_init(&w, kinds[0], false);
+	CHECK_EQ(fcntl(w.near, F_SETFL, 0), 0);
+	alarm(20);
+	post(&w, 0);
+	CHECK(!serve_rx(&w.n));
+	while (!count(&w, NET_DROP_WIRE)) {
+		int head = rig_add(&w.n.tx, &p, 1);
+
+		serve(&w.n);
+		expect_used(&w.n.tx, head, 0);
+	}
+	alarm(0);
+	wire_destroy(&w);
+}
+
+/* A frame that no driver's buffers hold keeps nobody from what comes behind it. */
+static void test_longer_than_all_buffers(void)
+{
+	FOR_EACH_KIND(k) {
+		struct wire w;
+		int head;
+
+		for (unsigned tap = 0; tap < 2; tap++) {
+			struct piece p = { RX, 20, W };
+
+			wire_init(&w, kinds[k], tap);
+			say(&w, (struct net_header){ 0 }, 1400);
+			say(&w, (struct net_header){ 0 }, 20);
+			CHECK(!serve_rx(&w.n));
+			head = rig_add(&w.n.rx, &p, 1);
+			CHECK(!serve_rx(&w.n));
+			while (w.n.rx.free)
+				rig_add(&w.n.rx, &p, 1);
+			while (serve_rx(&w.n))
+				;
+			expect_used(&w.n.rx, head, 20);
+			CHECK_EQ(w.n.pair.counters.rx_frames, 1);
+			CHECK_EQ(count(&w, NET_DROP_NO_ROOM), 1);
+			wire_destroy(&w);
+		}
+	}
+}
+
 static void test_the_far_end_is_gone(void)
 {
 	struct wire w;
@@ -214,5 +289,8 @@ int main(void)
 	RUN(test_another_driver);
 	RUN(test_frames_in_many_pieces);
 	RUN(test_the_far_end_is_gone);
+	RUN(test_frames_behind_an_empty_message);
+	RUN(test_a_socket_that_blocks);
+	RUN(test_longer_than_all_buffers);
 	return 0;
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import struct
 import threading
@@ -408,6 +409,42 @@ def test_one_thread_at_a_time() -> None:
         with pytest.raises(RuntimeError, match=r"net\[0\]: another thread receives"):
             while thread.is_alive():
                 assert nic.recv(0) is None
+        for call in (nic._rx[0].fill, lambda: nic.recv_frames(1), lambda: nic.pump_recv(sent, 1, 0)):
+            with pytest.raises(RuntimeError, match=r"net\[0\]: another thread receives"):
+                call()
         nic.send(sent)
         thread.join()
         assert results == [(1, 0, 0, 0)]
+        assert nic.recv(0) is None
+        assert nic.queues[0].broken is None
+
+
+def test_a_ring_is_filled_once() -> None:
+    with nic_on(EchoNet(), queue_size=8) as nic:
+        for _ in range(3):
+            with pytest.raises(OSError, match=r"net\[0\]: .*busy"):
+                nic._rx[0].fill()
+        for number in range(20):
+            sent = [frame(60, number)] * 8
+            assert nic.send_batch(sent) == 8
+            assert recv_all(nic, 8) == sent
+
+
+def test_one_thread_at_a_time_sends() -> None:
+    device = EchoNet()
+    device.paused = True
+    with nic_on(device, queue_size=8) as nic:
+        results: list[int] = []
+        thread = threading.Thread(target=lambda: results.append(nic.pump_send(frame(60), 9, 10)))
+        thread.start()
+        while nic._tx[0].free:
+            pass
+        one = [frame(60)]
+        for call in (nic.flush, nic._tx[0].reap, lambda: nic.send(*one), lambda: nic.send_batch(one)):
+            with pytest.raises(RuntimeError, match=r"net\[1\]: another thread sends"):
+                call()
+        device.paused = False
+        os.eventfd_write(nic.queues[1].kick_fd, 1)
+        thread.join()
+        assert results == [9]
+        nic.flush(10)

@@ -267,7 +267,12 @@ cdef class NetRx:
         failed(self.queue, rc)
 
     def fill(self):
-        cdef int rc = net_rx_fill(&self.c)
+        cdef int rc
+        self.enter()  # not into a ring that a pump uses
+        try:
+            rc = net_rx_fill(&self.c)
+        finally:
+            self.busy = False
         if rc:
             failed(self.queue, rc)
 
