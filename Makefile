@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/*/*.pyx vhost/*/*.pxd)
 
-.PHONY: all demo test test-c test-asan test-tsan test-peers test-guest test-unit peers bench lint wheel clean system
+.PHONY: all demo test test-c test-asan test-tsan test-free-threaded test-peers test-guest test-unit peers bench lint wheel clean system
 all: $(VENV)/built
 
 # Python's headers and ensurepip are packages of their own on Debian. liburing is wanted, not needed.
@@ -57,6 +57,19 @@ test-peers: $(VENV)/tools peers
 test-guest: $(VENV)/tools peers
 	$(BIN)/pytest -m guest $(PYTEST_ARGS)
 
+# All that needs no other program, by an interpreter without the lock, which is built for it.
+FREE_THREADED := .venv-free-threaded
+test-free-threaded:
+	$(PYTHON) tests/install_peers.py --free-threaded
+	$(MAKE) VENV=$(FREE_THREADED) PYTHON=$(or $(PYVHOST_CACHE),.cache)/python-free-threaded/bin/python3 $(FREE_THREADED)/tested
+	PYTHON_GIL=0 $(FREE_THREADED)/bin/pytest -m 'not peer and not guest' $(PYTEST_ARGS) \
+	    tests/test_*.py tests/devices tests/drivers
+
+$(VENV)/tested: $(VENV)/built
+	$(BIN)/pip install -q --disable-pip-version-check --prefer-binary build $$($(BIN)/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
+	touch $@
+
 test-c:
 	$(MAKE) -C tests/c test
 
@@ -84,5 +97,5 @@ wheel: $(VENV)/tools
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist $(VENV) *.egg-info tests/c/build
+	rm -rf build dist $(VENV) $(FREE_THREADED) *.egg-info tests/c/build
 	rm -f vhost/*.so vhost/*/*.so vhost/*.c vhost/*/*.c

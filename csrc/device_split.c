@@ -42,21 +42,20 @@ void split_set_areas(struct virtqueue *vq, const struct virtqueue_areas *areas)
 	vq->split.used = areas->used;
 }
 
-/* Chains that are there: as last seen, or after a look if that is none. -1: broken. */
-static inline int split_available(struct virtqueue *vq)
+/* Chains that are there: as last seen, or after a look if that is less than n. -1: broken. */
+static inline int split_available(struct virtqueue *vq, unsigned n)
 {
-	uint16_t ahead = vq->shadow_avail - vq->last_avail;
+	uint16_t ahead = vq->shadow_avail - vq->last_avail, idx, now;
 
-	if (ahead)
+	if (ahead >= n)
 		return ahead;
 	/* Pairs with the driver's release of avail.idx: entries and descriptors are there. */
-	vq->shadow_avail = ring16(LOAD_ACQUIRE(vq->split.avail->idx));
-	ahead = vq->shadow_avail - vq->last_avail;
-	if (unlikely(ahead > vq->num)) {
-		vq->shadow_avail = vq->last_avail;
-		return vq_fault(vq, VQ_AVAIL_JUMP, 0, ahead, vq->num + 1);
-	}
-	return ahead;
+	idx = ring16(LOAD_ACQUIRE(vq->split.avail->idx));
+	now = idx - vq->last_avail;
+	if (unlikely(now > vq->num)) /* those seen before come first */
+		return ahead ? ahead : vq_fault(vq, VQ_AVAIL_JUMP, 0, now, vq->num + 1);
+	vq->shadow_avail = idx;
+	return now;
 }
 
 /*
@@ -194,7 +193,7 @@ static int split_pop_tracked(struct virtqueue *vq, struct vhost_chain *c)
 			inflight_popped_again(vq, c->id);
 		return rc;
 	}
-	rc = split_available(vq);
+	rc = split_available(vq, 1);
 	if (rc <= 0)
 		return rc;
 	rc = split_take(vq, c, next_head(vq, vq->last_avail));
@@ -213,7 +212,7 @@ int split_pop_batch(struct virtqueue *vq, struct vhost_chain **c, unsigned n)
 
 	if (unlikely(vq->inflight))
 		return pop_each(vq, c, n, split_pop_tracked);
-	ahead = split_available(vq);
+	ahead = split_available(vq, n);
 	if (ahead <= 0)
 		return ahead;
 	if (n > (unsigned)ahead)

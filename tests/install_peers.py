@@ -5,6 +5,7 @@
     python3 tests/install_peers.py            what the tests and the benchmarks need
     python3 tests/install_peers.py --check    install nothing; say what is missing, exit 1 if so
     python3 tests/install_peers.py --benchmarks   and Rust, for what only the benchmarks compare with
+    python3 tests/install_peers.py --free-threaded    only a CPython without the interpreter's lock
 
 Without root it installs what it can and names the packages that are missing; it then ends with 0,
 unless CI=true.
@@ -37,6 +38,7 @@ from peers.catalogue import (
     BUILD_PROGRAMS,
     CONTRIB_BLK,
     CRATES,
+    FREE_THREADED_PEERS,
     KERNEL_HEADERS,
     LIBBLKIO,
     LIBVHOST_USER,
@@ -47,6 +49,7 @@ from peers.catalogue import (
     VIRTIOFSD,
     Peer,
 )
+from peers.free_threaded import LIBRARIES, SUITE, install_free_threaded
 from peers.kernel_install import install_kernel
 from peers.kernels import CACHE, CLOUD, KERNELS, NEWEST_SUITE, REPOSITORY, Kernel
 
@@ -124,8 +127,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="install nothing")
     parser.add_argument("--benchmarks", action="store_true", help="and what only the benchmarks need")
+    parser.add_argument(
+        "--free-threaded", action="store_true", help="nothing but an interpreter without the lock"
+    )
     options = parser.parse_args()
     peers = {**PEERS, **BENCHMARK_PEERS} if options.benchmarks else PEERS
+    if options.free_threaded:
+        peers = FREE_THREADED_PEERS
     todo = missing(peers)
     if not todo:
         say("all there")
@@ -137,7 +145,7 @@ def main() -> int:
     release = codename()
     qemu_suite, blkio_suite = EXTRA_SUITES.get(release, (release, release))
     kernels = [kernel for name, kernel in _kernels().items() if name in todo]
-    suites = (qemu_suite, blkio_suite, NEWEST_SUITE, *(kernel.suite for kernel in kernels))
+    suites = (qemu_suite, blkio_suite, NEWEST_SUITE, SUITE, *(kernel.suite for kernel in kernels))
     apt = Apt(CACHE / "apt", dict.fromkeys(suites))
     if os.geteuid() == 0:
         qemu = [package for name in ("qemu", "qsd") if name in todo for package in PEERS[name].packages]
@@ -153,6 +161,8 @@ def main() -> int:
             tools += BUILD_PACKAGES
         if {"contrib-vhost-user-blk", "libvhost-user"} & set(todo):
             tools += ["pkg-config", "libglib2.0-dev"]
+        if "free-threaded" in todo:
+            tools += LIBRARIES
         if "cargo" in todo:
             tools.append("cargo-web" if release == "bookworm" else "cargo")
         if tools:
@@ -182,6 +192,8 @@ def main() -> int:
         install_contrib_blk(apt, qemu_suite)
     if "virtio-queue" in todo:
         unpack(apt, "virtio-queue", blkio_suite, CRATES)
+    if "free-threaded" in todo:
+        install_free_threaded(apt)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
     todo = missing(peers)
     report(todo, peers)

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -339,3 +340,36 @@ def test_the_same_chain_twice(packed: bool) -> None:
     device.push(request, 0)
     assert queue.get_used_batch() == [(0, 0)]
     broken(queue, "does not have")
+
+
+class Meddler(list[tuple[int, int]]):
+    """Buffers that, when they are looked at, add another request."""
+
+    def __init__(self, queue: DriverQueue, buffers: list[tuple[int, int]]) -> None:
+        super().__init__(buffers)
+        self.queue = queue
+
+    def __len__(self) -> int:
+        if self.queue.in_flight < 3:
+            self.queue.add([(self[0][0] + 0x800, 5)], [], "meddler")
+        return super().__len__()
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+@both
+def test_what_is_added_while_it_is_looked_at(packed: bool, batch: bool) -> None:
+    rig = Rig(8, packed=packed)
+    driver, device = rig.driver(), rig.device()
+    buffers = [Meddler(driver, [(rig.data + i * 16, 4)]) for i in range(4)]
+    if batch:
+        assert driver.add_batch([(buffers[0], buffers[1], "first"), (buffers[2], buffers[3], "second")]) == 2
+        wanted = Counter(meddler=3, first=1, second=1)
+    else:
+        driver.add(buffers[0], buffers[1], "first")
+        wanted = Counter(meddler=2, first=1)
+    chains = device.pop_batch(8)
+    sizes = Counter((chain.readable_len, chain.writable_len) for chain in chains)
+    assert sizes == Counter({(5, 0): wanted["meddler"], (4, 4): wanted.total() - wanted["meddler"]})
+    device.push_batch(chains)
+    assert Counter(token for token, _ in driver.get_used_batch(8)) == wanted
+    assert driver.in_flight == 0

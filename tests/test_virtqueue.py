@@ -405,6 +405,41 @@ def test_a_stale_chain_cannot_complete_a_newer_one(packed: bool) -> None:
     assert driver.get_used() == [(fresh.id, 5)]
 
 
+class Late:
+    """A length that gives its chain back before it says what it is."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+
+    def __index__(self) -> int:
+        self.do()
+        return 4
+
+
+@both
+@pytest.mark.parametrize("how", ["push", "fill", "push_batch"])
+def test_a_length_that_gives_the_chain_back_itself(packed: bool, how: str) -> None:
+    rig = Rig(16, packed=packed)
+    driver, queue = rig.model_driver(), rig.device()
+    driver.add([], [(rig.data, 8)])
+    chain, newer = queue.pop(), []
+
+    def do() -> None:
+        queue.push(chain, 1)
+        driver.get_used()
+        driver.add([], [(rig.data, 8)])
+        newer.append(queue.pop())
+
+    with pytest.raises(InvalidQueue, match="was given back"):
+        if how == "push_batch":
+            queue.push_batch([chain], [Late(do)])
+        else:
+            getattr(queue, how)(chain, Late(do))
+    assert queue.in_flight == 1
+    queue.push(newer[0], 8)
+    assert [written for _, written in driver.get_used()] == [8]
+
+
 @both
 def test_a_chain_of_an_earlier_queue_is_refused_by_its_successor(packed: bool) -> None:
     rig = Rig(16, packed=packed)
@@ -470,6 +505,19 @@ def test_batches(packed: bool) -> None:
         assert driver.get_used() == list(zip(ids, [lap, 1, 2] + [4] * 197, strict=True))
     with pytest.raises(OverflowError):
         queue.pop_batch(-1)
+
+
+@both
+def test_a_batch_is_all_that_there_is(packed: bool) -> None:
+    """Also what came after an earlier look, which saw some that are still to be popped."""
+    rig = Rig(16, packed=packed)
+    driver, queue = rig.model_driver(), rig.device()
+    for _ in range(2):
+        driver.add([], [(rig.data, 8)])
+    assert queue.pop() is not None
+    for _ in range(3):
+        driver.add([], [(rig.data, 8)])
+    assert len(queue.pop_batch(8)) == 4
 
 
 @both

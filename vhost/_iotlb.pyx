@@ -40,6 +40,7 @@ cdef class Iotlb:
         if self.ready:
             iotlb_destroy(&self.c)
 
+    @cython.critical_section
     def update(self, uint64_t iova, uint64_t size, uint64_t user_addr, uint32_t access):
         cdef int rc = iotlb_update(&self.c, iova, size, user_addr, access)
         if not rc:
@@ -49,20 +50,25 @@ cdef class Iotlb:
             raise InvalidGuestMemory(f"{what}: not wholly in {len(self.memory.regions)} memory regions")
         raise InvalidGuestMemory(f"{what}: must be more than 0 bytes, end within 64 bits, and access at most 3")
 
+    @cython.critical_section
     def invalidate(self, uint64_t iova, uint64_t size):
         iotlb_invalidate(&self.c, iova, size)
 
+    @cython.critical_section
     def clear(self):
         iotlb_clear(&self.c)
 
+    @cython.critical_section
     def set_memory(self, GuestMemory memory not None):
         iotlb_set_memory(&self.c, memory.c)
         self.memory = memory
 
+    @cython.critical_section
     def missing(self, uint64_t iova, uint64_t size, uint32_t access):
         cdef iotlb_miss miss = iotlb_missing(&self.c, iova, size, access)
         return (miss.iova, miss.access) if miss.access else None
 
+    @cython.critical_section
     def allows(self, uint64_t iova):
         cdef uint64_t length = 1
         if iotlb_at(&self.c, iova, 0, &length) == NULL:

@@ -146,6 +146,7 @@ cdef class Chain:
         return self.use.written
 
     @property
+    @cython.critical_section
     def data_room(self):
         self.must_be_out()
         if unlikely(not self.c.in_len):
@@ -153,6 +154,7 @@ cdef class Chain:
         return self.c.in_len - 1
 
     @property
+    @cython.critical_section
     def readable(self):
         if not self.use.readable_made:
             if not self.renew(<PyObject *>self.readable_buffers, self.c.iov, self.c.out_num):
@@ -161,6 +163,7 @@ cdef class Chain:
         return self.readable_buffers
 
     @property
+    @cython.critical_section
     def writable(self):
         if not self.use.writable_made:
             self.use.touched = self.c.in_len
@@ -185,9 +188,11 @@ cdef class Chain:
             buffer.size = iov[i].iov_len
         return True
 
+    @cython.critical_section
     def readable_part(self, Py_ssize_t offset, Py_ssize_t size=-1):
         return self.buffers(False, offset, size)
 
+    @cython.critical_section
     def writable_part(self, Py_ssize_t offset, Py_ssize_t size=-1):
         return self.buffers(True, offset, size)
 
@@ -239,6 +244,7 @@ cdef class Chain:
             raise InvalidQueue(f"chain {self.c.id} was given back to its queue")
         return 0
 
+    @cython.critical_section
     def read(self, Py_ssize_t n=-1):
         cdef size_t left = self.c.out_len - self.use.consumed
         if n < 0 or <size_t>n > left:
@@ -248,6 +254,7 @@ cdef class Chain:
         self.use.consumed += <uint32_t>n
         return data
 
+    @cython.critical_section
     def unpack(self, Struct struct not None):
         cdef uint8_t[WIRE_SIZE_MAX] whole
         cdef iovec *piece = self.c.iov + self.use.reader.piece
@@ -267,6 +274,7 @@ cdef class Chain:
             self.use.reader.piece += 1
         return struct.load(at)
 
+    @cython.critical_section
     def readinto(self, buffer):
         cdef Py_buffer view
         cdef size_t n
@@ -289,6 +297,7 @@ cdef class Chain:
         finally:
             PyBuffer_Release(&view)
 
+    @cython.critical_section
     cdef Py_ssize_t append(self, char *data, Py_ssize_t size) except -1:
         self.must_be_out()
         if <size_t>size > self.c.in_len - self.use.written:
@@ -300,15 +309,19 @@ cdef class Chain:
         self.use.written += <uint32_t>size
         return size
 
+    @cython.critical_section
     def finish(self, status, data_written=None):
         cdef Origin queue
         cdef iovec *last
-        cdef int64_t n, byte = length_of(status)
+        cdef int64_t n = 0, byte = length_of(status)
+        if data_written is not None:
+            n = length_of(data_written)
         self.must_be_out()
         queue = <Origin>self.queue  # which may have no other reference than the one that is given up
         if unlikely(not self.c.in_len):
             queue.refuse(self, VQ_REQUEST_STATUS, 0, 1)
-        n = self.use.written if data_written is None else length_of(data_written)
+        if data_written is None:
+            n = self.use.written
         if not 0 <= byte <= 0xff:
             raise ValueError(f"chain {self.c.id}: status {status} is no byte")
         if not 0 <= n < self.c.in_len:
@@ -322,6 +335,7 @@ cdef class Chain:
         self.use.touched = self.c.in_len
         queue.take_back(self, <uint32_t>n + 1)
 
+    @cython.critical_section
     def read_at(self, Py_ssize_t offset, Py_ssize_t n):
         cdef cursor at
         self.check(False, offset, n)
@@ -341,6 +355,7 @@ cdef class Chain:
         finally:
             PyBuffer_Release(&view)
 
+    @cython.critical_section
     cdef int put(self, Py_ssize_t offset, char *data, Py_ssize_t size) except -1:
         cdef iovec *iov = self.c.iov + self.c.out_num
         cdef cursor at

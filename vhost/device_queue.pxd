@@ -77,3 +77,4 @@ cdef class DeviceQueue(Origin):
         self, base, bint packed, bint big_endian, vring_used *used
     ) except? 0xffffffff
     cdef int tell_driver(self) except -1
+    cdef int publish(self) except -1

@@ -54,7 +54,14 @@ cdef extern from *:
     }
 
     #define handed_over(object) (object)
+
+    #ifdef Py_GIL_DISABLED
+    #define FREE_THREADED 1
+    #else
+    #define FREE_THREADED 0
+    #endif
     """
+    bint FREE_THREADED
     void take_references(PyObject *, Py_ssize_t) noexcept
     void drop_references(PyObject *, Py_ssize_t) noexcept
     object handed_over(PyObject *)  # a reference that was ours
@@ -200,14 +207,17 @@ cdef class DeviceQueue(Origin):
         return self.vq.swapped
 
     @property
+    @cython.critical_section
     def read_only(self):
         return self.vq.read_only
 
     @read_only.setter
+    @cython.critical_section
     def read_only(self, bint value):
         self.vq.read_only = value
 
     @property
+    @cython.critical_section
     def base(self):
         self.settle()
         return virtqueue_base(&self.vq)
@@ -217,11 +227,13 @@ cdef class DeviceQueue(Origin):
         return vring_device_size(self.vq.num, self.vq.is_packed)
 
     @property
+    @cython.critical_section
     def in_flight(self):
         self.settle()
         return self.vq.inuse
 
     @property
+    @cython.critical_section
     def resubmits(self):
         if self.vq.inflight == NULL:
             return 0
@@ -355,6 +367,7 @@ cdef class DeviceQueue(Origin):
 
     # ------------------------------------------------------------------ from the driver
 
+    @cython.critical_section
     def __iter__(self):
         cdef Drain drain
         self.must_work()
@@ -368,6 +381,7 @@ cdef class DeviceQueue(Origin):
         self.found_end = False
         return drain
 
+    @cython.critical_section
     def pop(self):
         cdef int got
         self.must_work()
@@ -380,6 +394,7 @@ cdef class DeviceQueue(Origin):
                 return None
         return self.next_ahead()
 
+    @cython.critical_section
     def pop_batch(self, uint32_t n=32):
         cdef list more, batch = None
         cdef int got
@@ -402,13 +417,14 @@ cdef class DeviceQueue(Origin):
         return []
 
     def unpop(self, Chain chain not None):
-        self.must_be_open()
-        self.settle()
-        if chain.queue != <PyObject *>self or virtqueue_unpop(&self.vq, &chain.c):
-            raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
-        if unlikely(self.vq.log != NULL):
-            self.mark(chain, 0)
-        self.let_go(<PyObject *>chain)
+        with cython.critical_section(self, chain):
+            self.must_be_open()
+            self.settle()
+            if chain.queue != <PyObject *>self or virtqueue_unpop(&self.vq, &chain.c):
+                raise InvalidQueue(f"{self.name}: chain {chain.c.id} is not the one that was popped last")
+            if unlikely(self.vq.log != NULL):
+                self.mark(chain, 0)
+            self.let_go(<PyObject *>chain)
 
     # ------------------------------------------------------------------ to the driver
 
@@ -442,8 +458,12 @@ cdef class DeviceQueue(Origin):
         return 0
 
     cdef int give(self, Chain chain, object written) except -1:
-        self.must_be_ours(chain)
-        return self.stage(chain, chain.use.written if written is None else length_of(written))
+        # The length may be an object whose __index__ does anything: before the look at whose the chain is.
+        cdef int64_t length = 0 if written is None else length_of(written)
+        with cython.critical_section(self, chain):
+            self.must_be_ours(chain)
+            self.stage(chain, chain.use.written if written is None else length)
+        return 0
 
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1:
         # Chains from `start` on, at most QUEUE_BATCH: how many were staged before the first that is not as most are.
@@ -451,8 +471,8 @@ cdef class DeviceQueue(Origin):
         cdef int64_t n_written
         cdef Py_ssize_t i, n = min(<Py_ssize_t>QUEUE_BATCH, len(batch) - start)
         cdef PyObject *chain
-        if self.closed or self.vq.log != NULL:
-            return 0
+        if FREE_THREADED or self.closed or self.vq.log != NULL:
+            return 0  # where no lock is everybody's, each chain has its own to be taken: see give()
         for i in range(n):
             chain = PyList_GET_ITEM(<PyObject *>batch, start + i)
             if type(<object>chain) is not Chain or (<Chain>chain).queue != <PyObject *>self:
@@ -475,8 +495,14 @@ cdef class DeviceQueue(Origin):
         return n
 
     cdef int take_back(self, Chain chain, uint32_t written) except -1:
-        # As push, for the chain itself, which knows that it is out.
-        self.stage(chain, written)
+        # As push, for the chain itself, which knew that it was out before it let others in.
+        with cython.critical_section(self, chain):
+            self.must_be_ours(chain)
+            self.stage(chain, written)
+            self.publish()
+        return 0
+
+    cdef int publish(self) except -1:
         virtqueue_flush(&self.vq)
         if not self.draining:
             self.tell_driver()
@@ -494,9 +520,8 @@ cdef class DeviceQueue(Origin):
 
     def push(self, Chain chain not None, written=None):
         self.give(chain, written)
-        virtqueue_flush(&self.vq)
-        if not self.draining:
-            self.tell_driver()
+        with cython.critical_section(self):
+            self.publish()
 
     def push_batch(self, chains, written=None):
         cdef list batch = chains if type(chains) is list else list(chains)
@@ -515,23 +540,25 @@ cdef class DeviceQueue(Origin):
                 i += staged
         finally:
             # Those before one that was refused are given back.
-            if not self.closed:
-                virtqueue_flush(&self.vq)
-                if not self.draining:
-                    self.tell_driver()
+            with cython.critical_section(self):
+                if not self.closed:
+                    self.publish()
 
     def fill(self, Chain chain not None, written=None):
         self.give(chain, written)
 
+    @cython.critical_section
     def flush(self):
         self.must_be_open()
         virtqueue_flush(&self.vq)
         self.tell_log()
 
+    @cython.critical_section
     def should_notify(self):
         self.must_be_open()
         return virtqueue_should_notify(&self.vq)
 
+    @cython.critical_section
     def notify(self):
         self.must_be_open()
         return bool(self.tell_driver())
@@ -546,6 +573,7 @@ cdef class DeviceQueue(Origin):
 
     # ------------------------------------------------------------------ dirty log
 
+    @cython.critical_section
     def set_log(self, DirtyLog log, *, bint ring=False, used=None, int fd=-1):
         self.must_be_open()
         if used is not None and not 0 <= used < 1 << 64:
@@ -582,6 +610,7 @@ cdef class DeviceQueue(Origin):
         )
         return 0
 
+    @cython.critical_section
     def mark_written(self, uint64_t addr, uint64_t size):
         self.must_be_open()
         virtqueue_log_write(&self.vq, addr, size)
@@ -594,15 +623,18 @@ cdef class DeviceQueue(Origin):
 
     # ------------------------------------------------------------------ kicks
 
+    @cython.critical_section
     def enable_notification(self):
         self.must_be_open()
         self.settle()
         return virtqueue_enable_notification(&self.vq)
 
+    @cython.critical_section
     def disable_notification(self):
         self.must_be_open()
         virtqueue_disable_notification(&self.vq)
 
+    @cython.critical_section
     def has_work(self):
         if self.closed or self.reason is not None or self.vq.report.fault:
             return False
@@ -610,6 +642,7 @@ cdef class DeviceQueue(Origin):
 
     # ------------------------------------------------------------------ the queue's life
 
+    @cython.critical_section
     def set_memory(self, GuestMemory memory not None):
         cdef virtqueue_areas areas
         cdef GuestMemory before = self.memory  # which the ring lies in until it has moved
@@ -629,6 +662,7 @@ cdef class DeviceQueue(Origin):
         if self.vq.log != NULL:
             self.apply_log()
 
+    @cython.critical_section
     def translate(self):
         cdef virtqueue_areas areas
         cdef list missing
@@ -657,9 +691,11 @@ cdef class DeviceQueue(Origin):
             self.tell_driver()
         return missing
 
+    @cython.critical_section
     def retry(self):
         virtqueue_retry(&self.vq)
 
+    @cython.critical_section
     def deny(self, str reason not None):
         # Also to an engine that serves the queue.
         if self.vq.report.fault == VQ_MISS:
@@ -667,11 +703,13 @@ cdef class DeviceQueue(Origin):
         self.mark_broken(reason)
 
     @property
+    @cython.critical_section
     def miss(self):
         if LOAD_ACQUIRE(self.vq.report.fault) == VQ_MISS and virtqueue_is_mapped(&self.vq):
             return self.vq.report.value, self.vq.report.limit
         return None
 
+    @cython.critical_section
     def close(self):
         self.settle()
         self.closed = True
@@ -691,6 +729,7 @@ cdef class DeviceQueue(Origin):
         return 0
 
     @property
+    @cython.critical_section
     def broken(self):
         self.look_broken()
         return self.reason
@@ -699,6 +738,7 @@ cdef class DeviceQueue(Origin):
     def missed(self):
         return self.vq.report.fault == VQ_ADDRESS
 
+    @cython.critical_section
     def mark_broken(self, str reason not None):
         if self.reason is None:
             self.settle()
@@ -742,17 +782,18 @@ cdef class Drain:
     cdef DeviceQueue queue
     cdef uint32_t left
     cdef bint rearm
+    cdef bint over  # `queue` has been told
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        # Nothing is ahead of a queue that is closed or broken.
-        cdef DeviceQueue queue = self.queue
-        if queue is None or (queue.ahead_end == queue.ahead_next or not self.left) and not self.look():
-            raise StopIteration
-        self.left -= 1
-        return queue.next_ahead()
+        with cython.critical_section(self.queue):
+            # Nothing is ahead of a queue that is closed or broken.
+            if self.over or (self.queue.ahead_end == self.queue.ahead_next or not self.left) and not self.look():
+                raise StopIteration
+            self.left -= 1
+            return self.queue.next_ahead()
 
     cdef bint look(self) except -1:
         # Chains are ahead, or the drain is at its end.
@@ -782,7 +823,7 @@ cdef class Drain:
 
     cdef int finish(self, bint again) except -1:
         cdef DeviceQueue queue = self.queue
-        self.queue = None
+        self.over = True
         queue.draining -= 1
         queue.settle()
         if queue.closed:
@@ -795,8 +836,9 @@ cdef class Drain:
         return 0
 
     cdef void abandon(self) noexcept:
-        self.finish(False)
+        with cython.critical_section(self.queue):
+            self.finish(False)
 
     def __dealloc__(self):
-        if self.queue is not None:
+        if self.queue is not None and not self.over:
             self.abandon()

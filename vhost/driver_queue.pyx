@@ -14,6 +14,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, ENOMEM, ENOSPC, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset
 from posix.time cimport timespec
 from posix.unistd cimport read
 
@@ -102,7 +103,7 @@ cdef class DriverQueue:
         self.nfree = num
 
     def __dealloc__(self):
-        free(self.bufs)
+        free(self.bufs.first)
         free(self.free_places)
         if self.ready:
             driver_queue_destroy(&self.dq)
@@ -149,45 +150,59 @@ cdef class DriverQueue:
         return self.dq.in_order
 
     @property
+    @cython.critical_section
     def base(self):
         return driver_queue_base(&self.dq)
 
     @property
+    @cython.critical_section
     def resume_base(self):
         return driver_queue_resume_base(&self.dq)
 
     @property
+    @cython.critical_section
     def free(self):
         return self.dq.num_free
 
     @property
+    @cython.critical_section
     def in_flight(self):
         return self.dq.num - self.nfree
 
     # ------------------------------------------------------------------ to the device
 
+    # What is added may be any Python, which may come back here, and another thread may be here beside it: what
+    # they say is collected in a list of the call's own, and the ring is looked at behind that.
+
     def add(self, readable, writable, token):
+        cdef buf_list bufs
         cdef Py_ssize_t out, n
         cdef uint32_t place
         cdef int rc
-        out = self.parse(0, readable)
-        n = self.parse(out, writable)
-        # Every chain takes a descriptor at least, so a ring without places has no room either.
-        place = self.free_places[self.nfree - 1] if self.nfree else 0
-        rc = virtqueue_add(&self.dq, self.bufs, out, n, place)
+        self.take_list(&bufs)
+        try:
+            out = self.parse(&bufs, 0, readable)
+            n = self.parse(&bufs, out, writable)
+            with cython.critical_section(self):
+                # Every chain takes a descriptor at least, so a ring without places has no room either.
+                place = self.free_places[self.nfree - 1] if self.nfree else 0
+                rc = virtqueue_add(&self.dq, bufs.first, out, n, place)
+                if rc >= 0:
+                    self.nfree -= 1
+                    self.tokens[place] = token
+        finally:
+            self.keep_list(&bufs)
+        if rc == -ENOSPC:
+            raise BufferError(f"{self.name}: {self.dq.num_free} descriptors free, too few for {out + n} buffers")
         if rc < 0:
-            if rc == -ENOSPC:
-                raise BufferError(f"{self.name}: {self.dq.num_free} descriptors free, too few for {out + n} buffers")
             self.refuse(rc, (readable, writable))
-        self.nfree -= 1
-        self.tokens[place] = token
         return rc
 
     def add_batch(self, requests):
-        cdef Py_ssize_t count = min(<Py_ssize_t>len(requests), <Py_ssize_t>self.nfree)
+        cdef buf_list bufs
+        cdef Py_ssize_t i, count = min(<Py_ssize_t>len(requests), <Py_ssize_t>self.nfree)
         cdef virtqueue_request *reqs
         cdef size_t at = 0
-        cdef Py_ssize_t i
         cdef int rc
         if not count:
             return 0
@@ -195,41 +210,61 @@ cdef class DriverQueue:
         if reqs == NULL:
             raise MemoryError
         tokens = []
+        self.take_list(&bufs)
         try:
             for i in range(count):
                 readable, writable, token = requests[i]
-                reqs[i].out_ = self.parse(at, readable)
+                reqs[i].out_ = self.parse(&bufs, at, readable)
                 at += reqs[i].out_
-                reqs[i].in_ = self.parse(at, writable)
+                reqs[i].in_ = self.parse(&bufs, at, writable)
                 at += reqs[i].in_
-                reqs[i].token = self.free_places[self.nfree - 1 - i]
                 tokens.append(token)
-            at = 0
-            for i in range(count):
-                reqs[i].bufs = self.bufs + at  # parse() may have moved them
-                at += reqs[i].out_ + reqs[i].in_
-            rc = virtqueue_add_batch(&self.dq, reqs, count)
-            if rc == -ENOSPC:
-                return 0
-            if rc < 0:
-                self.refuse(rc, requests[0])
-            for i in range(rc):
-                self.tokens[reqs[i].token] = tokens[i]
-            self.nfree -= rc
-            return rc
+            with cython.critical_section(self):
+                rc = self.add_all(reqs, min(count, <Py_ssize_t>self.nfree), bufs.first, tokens)
         finally:
+            self.keep_list(&bufs)
             free(reqs)
+        if rc == -ENOSPC:
+            return 0
+        if rc < 0:
+            self.refuse(rc, requests[0])
+        return rc
 
-    cdef Py_ssize_t parse(self, size_t at, buffers) except -1:
+    cdef int add_all(self, virtqueue_request *reqs, Py_ssize_t count, virtqueue_buf *first, list tokens) except? -1:
+        cdef Py_ssize_t i
+        cdef int rc
+        for i in range(count):
+            reqs[i].bufs = first
+            first += reqs[i].out_ + reqs[i].in_
+            reqs[i].token = self.free_places[self.nfree - 1 - i]
+        rc = virtqueue_add_batch(&self.dq, reqs, count) if count else 0
+        for i in range(rc):
+            self.tokens[reqs[i].token] = tokens[i]
+        self.nfree -= max(rc, 0)
+        return rc
+
+    @cython.critical_section
+    cdef void take_list(self, buf_list *bufs) noexcept:
+        bufs[0] = self.bufs
+        memset(&self.bufs, 0, sizeof(self.bufs))
+
+    @cython.critical_section
+    cdef void keep_list(self, buf_list *bufs) noexcept:
+        # The larger one.
+        if bufs.room > self.bufs.room:
+            self.bufs, bufs[0] = bufs[0], self.bufs
+        free(bufs.first)
+
+    cdef Py_ssize_t parse(self, buf_list *bufs, size_t at, buffers) except -1:
         cdef Py_ssize_t n = len(buffers), i
         cdef virtqueue_buf *grown
         cdef uint64_t length
-        if at + n > self.bufs_cap:
-            grown = <virtqueue_buf *>realloc(self.bufs, (at + n) * 2 * sizeof(virtqueue_buf))
+        if at + n > bufs.room:
+            grown = <virtqueue_buf *>realloc(bufs.first, (at + n) * 2 * sizeof(virtqueue_buf))
             if grown == NULL:
                 raise MemoryError
-            self.bufs = grown
-            self.bufs_cap = (at + n) * 2
+            bufs.first = grown
+            bufs.room = (at + n) * 2
         i = 0
         for address, size in buffers:
             if i == n:
@@ -237,8 +272,8 @@ cdef class DriverQueue:
             length = size
             if length > 0xffffffff:
                 raise ValueError(f"{self.name}: buffer of {length:#x} bytes: a length has 32 bits")
-            self.bufs[at + i].addr = address
-            self.bufs[at + i].len = <uint32_t>length
+            bufs.first[at + i].addr = address
+            bufs.first[at + i].len = <uint32_t>length
             i += 1
         return i
 
@@ -250,9 +285,11 @@ cdef class DriverQueue:
             f" needs 1 to {self.dq.num}, none of length 0, less than 4 GiB together"
         )
 
+    @cython.critical_section
     def kick_prepare(self):
         return virtqueue_kick_prepare(&self.dq)
 
+    @cython.critical_section
     def kick(self):
         if not virtqueue_kick_prepare(&self.dq):
             return False
@@ -268,6 +305,7 @@ cdef class DriverQueue:
         self.nfree += 1
         return (token, written)
 
+    @cython.critical_section
     def get_used(self):
         cdef uint64_t place = 0
         cdef uint32_t written = 0
@@ -278,6 +316,7 @@ cdef class DriverQueue:
             self.check_broken()
         return None
 
+    @cython.critical_section
     def get_used_batch(self, uint32_t n=32):
         cdef uint64_t place = 0
         cdef uint32_t written = 0
@@ -293,12 +332,15 @@ cdef class DriverQueue:
             n -= 1
         return batch
 
+    @cython.critical_section
     def has_used(self):
         return virtqueue_more_used(&self.dq)
 
+    @cython.critical_section
     def disable_callbacks(self):
         virtqueue_disable_cb(&self.dq)
 
+    @cython.critical_section
     def enable_callbacks(self):
         return virtqueue_enable_cb(&self.dq)
 
@@ -312,7 +354,7 @@ cdef class DriverQueue:
         if not forever:
             deadline = time.monotonic() + timeout
         try:
-            while not virtqueue_enable_cb(&self.dq):
+            while not self.enable_callbacks():
                 if not forever:
                     # By the clock alone: a device can call without end, and for nothing.
                     if left < 0:
@@ -323,7 +365,7 @@ cdef class DriverQueue:
             return True
         finally:
             if was_off:
-                virtqueue_disable_cb(&self.dq)
+                self.disable_callbacks()
 
     cdef int wait_for_call(self, bint forever, double seconds) except -1:
         cdef timespec ts
@@ -349,6 +391,7 @@ cdef class DriverQueue:
         return rc != 0
 
     @property
+    @cython.critical_section
     def broken(self):
         return fault_reason(&self.dq.report) if self.dq.report.fault else None
 

@@ -11,6 +11,7 @@ import fcntl
 import mmap as _mmap
 import os
 import stat
+import threading
 from bisect import bisect_left, bisect_right
 
 cimport cython
@@ -57,11 +58,13 @@ cdef class ShmemRegion:
     cdef uint8_t *host
     cdef list starts
     cdef dict ends  # by start: (end, writable)
+    cdef object lock  # of threads: a call that maps, copies or closes runs Python, or waits for the kernel
 
     def __cinit__(self, int shmid, size):
         self.shmid = shmid
         self.starts = []
         self.ends = {}
+        self.lock = threading.RLock()
         if not 0 < size < 1 << 63 or size % _mmap.PAGESIZE:
             raise InvalidGuestMemory(f"{self.name()}: size {size:#x}, must be a multiple of {_mmap.PAGESIZE:#x}")
         self.size = size
@@ -71,14 +74,18 @@ cdef class ShmemRegion:
         self.host = <uint8_t *>at
 
     def __dealloc__(self):
-        self.close()
+        self.give_up()
 
     def close(self):
+        with self.lock:
+            self.starts.clear()
+            self.ends.clear()
+            self.give_up()
+
+    cdef void give_up(self) noexcept:
         if self.host != NULL:
             munmap(self.host, self.size)
             self.host = NULL
-            self.starts.clear()
-            self.ends.clear()
 
     cdef str name(self):
         return f"shared memory region {self.shmid}"
@@ -89,7 +96,8 @@ cdef class ShmemRegion:
 
     @property
     def mappings(self):
-        return tuple([(start, self.ends[start][0] - start, self.ends[start][1]) for start in self.starts])
+        with self.lock:
+            return tuple([(start, self.ends[start][0] - start, self.ends[start][1]) for start in self.starts])
 
     cdef int must_be_open(self) except -1:
         if self.host == NULL:
@@ -107,34 +115,37 @@ cdef class ShmemRegion:
 
     def map(self, offset, length, int fd, fd_offset=0, *, bint writable=False):
         cdef void *at
-        cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef uint64_t start, count
-        self.check(offset, length)
-        # With MAP_FIXED, a length that the kernel rounds up takes away what is behind it, ours or not.
-        cdef uint64_t unit = mapping_unit(fd)
-        for what, value in (("offset", offset), ("size", length), ("file offset", fd_offset)):
-            if value % unit:
-                raise InvalidGuestMemory(f"{self.name()}: {what} {value:#x}: no multiple of {unit:#x}")
-        if not 0 <= fd_offset < 1 << 63:
-            raise InvalidGuestMemory(f"{self.name()}: file offset {fd_offset:#x}: no file is that large")
-        found = bisect_right(self.starts, offset)
-        for other in self.starts[max(found - 1, 0):found + 1]:
-            if other < offset + length and offset < self.ends[other][0]:
-                raise InvalidGuestMemory(
-                    f"{self.name()}: offset {offset:#x}, size {length:#x} overlaps what is mapped at {other:#x}"
-                )
-        if len(self.starts) >= MAX_MAPPINGS:
-            raise InvalidGuestMemory(f"{self.name()}: {MAX_MAPPINGS} mappings, which is the limit")
-        self.check_file(fd, fd_offset + length, writable)
-        start, count = offset, length
-        at = mmap(self.host + start, count, prot, MAP_SHARED | MAP_FIXED, fd, fd_offset)
-        if at == MAP_FAILED:
-            # The kernel may have taken the reservation away before it failed.
-            error = errno
-            self.reserve(start, count)
-            raise InvalidGuestMemory(f"{self.name()}: offset {offset:#x}, size {length:#x}: {os.strerror(error)}")
-        self.starts.insert(found, offset)
-        self.ends[offset] = (offset + length, bool(writable))
+        cdef int prot
+        cdef uint64_t unit
+        with self.lock:
+            prot = PROT_READ | PROT_WRITE if writable else PROT_READ
+            self.check(offset, length)
+            # With MAP_FIXED, a length that the kernel rounds up takes away what is behind it, ours or not.
+            unit = mapping_unit(fd)
+            for what, value in (("offset", offset), ("size", length), ("file offset", fd_offset)):
+                if value % unit:
+                    raise InvalidGuestMemory(f"{self.name()}: {what} {value:#x}: no multiple of {unit:#x}")
+            if not 0 <= fd_offset < 1 << 63:
+                raise InvalidGuestMemory(f"{self.name()}: file offset {fd_offset:#x}: no file is that large")
+            found = bisect_right(self.starts, offset)
+            for other in self.starts[max(found - 1, 0):found + 1]:
+                if other < offset + length and offset < self.ends[other][0]:
+                    raise InvalidGuestMemory(
+                        f"{self.name()}: offset {offset:#x}, size {length:#x} overlaps what is mapped at {other:#x}"
+                    )
+            if len(self.starts) >= MAX_MAPPINGS:
+                raise InvalidGuestMemory(f"{self.name()}: {MAX_MAPPINGS} mappings, which is the limit")
+            self.check_file(fd, fd_offset + length, writable)
+            start, count = offset, length
+            at = mmap(self.host + start, count, prot, MAP_SHARED | MAP_FIXED, fd, fd_offset)
+            if at == MAP_FAILED:
+                # The kernel may have taken the reservation away before it failed.
+                error = errno
+                self.reserve(start, count)
+                raise InvalidGuestMemory(f"{self.name()}: offset {offset:#x}, size {length:#x}: {os.strerror(error)}")
+            self.starts.insert(found, offset)
+            self.ends[offset] = (offset + length, bool(writable))
 
     cdef int check_file(self, int fd, end, bint writable) except -1:
         try:
@@ -161,45 +172,50 @@ cdef class ShmemRegion:
         return 0
 
     def unmap(self, offset, length):
-        self.check(offset, length)
-        known = self.ends.get(offset)
-        if known is None or known[0] != offset + length:
-            raise InvalidGuestMemory(
-                f"{self.name()}: offset {offset:#x}, size {length:#x}: no mapping is exactly that"
-            )
-        self.reserve(offset, length)
-        del self.ends[offset]
-        del self.starts[bisect_left(self.starts, offset)]
+        with self.lock:
+            self.check(offset, length)
+            known = self.ends.get(offset)
+            if known is None or known[0] != offset + length:
+                raise InvalidGuestMemory(
+                    f"{self.name()}: offset {offset:#x}, size {length:#x}: no mapping is exactly that"
+                )
+            self.reserve(offset, length)
+            del self.ends[offset]
+            del self.starts[bisect_left(self.starts, offset)]
 
     def unmap_all(self):
-        self.must_be_open()
-        self.reserve(0, self.size)
-        self.starts.clear()
-        self.ends.clear()
+        with self.lock:
+            self.must_be_open()
+            self.reserve(0, self.size)
+            self.starts.clear()
+            self.ends.clear()
 
     def read(self, offset, length):
-        self.check(offset, length)
         cdef iovec ours, theirs
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
         cdef ssize_t done
-        ours.iov_base = PyBytes_AS_STRING(data)
-        theirs.iov_base = self.host + <uint64_t>offset
-        ours.iov_len = theirs.iov_len = length
-        with nogil:
-            done = process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0)
-        self.all_done(done, offset, length)
-        return data
+        cdef bytes data
+        with self.lock:
+            self.check(offset, length)
+            data = PyBytes_FromStringAndSize(NULL, length)
+            ours.iov_base = PyBytes_AS_STRING(data)
+            theirs.iov_base = self.host + <uint64_t>offset
+            ours.iov_len = theirs.iov_len = length
+            with nogil:
+                done = process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0)
+            self.all_done(done, offset, length)
+            return data
 
     def write(self, offset, const uint8_t[::1] data not None):
         cdef iovec ours, theirs
         cdef ssize_t done
-        self.check(offset, data.shape[0])
-        ours.iov_base = <void *>&data[0]
-        theirs.iov_base = self.host + <uint64_t>offset
-        ours.iov_len = theirs.iov_len = data.shape[0]
-        with nogil:
-            done = process_vm_writev(getpid(), &ours, 1, &theirs, 1, 0)
-        self.all_done(done, offset, data.shape[0])
+        with self.lock:
+            self.check(offset, data.shape[0])
+            ours.iov_base = <void *>&data[0]
+            theirs.iov_base = self.host + <uint64_t>offset
+            ours.iov_len = theirs.iov_len = data.shape[0]
+            with nogil:
+                done = process_vm_writev(getpid(), &ours, 1, &theirs, 1, 0)
+            self.all_done(done, offset, data.shape[0])
 
     cdef int all_done(self, ssize_t done, offset, length) except -1:
         if done == length:

@@ -27,6 +27,7 @@ CONTRIB_BLK = CACHE / "bin" / "vhost-user-blk"
 LIBVHOST_USER = CACHE / "libvhost-user"  # its source, from QEMU's
 CRATES = CACHE / "crates"  # rust-vmm's virtio-queue and what it needs, sources, unpacked
 VIRTIOFSD = CACHE / "virtiofsd"  # unpacked with the C library that it was built for
+FREE_THREADED = CACHE / "python-free-threaded"  # a CPython without the interpreter's lock, built
 BUSYBOX = Path("/bin/busybox")
 
 # For modules that Debian's kernels lack.
@@ -161,4 +162,9 @@ BENCHMARK_PEERS: dict[str, Peer] = {
         # Debian 12's own is too old for these crates; the other one is for browsers, and newer.
         Peer("cargo", ("cargo", "cargo-web on Debian 12"), _program("cargo")),
     )
+}
+
+# The interpreter that `make test-free-threaded` runs on.
+FREE_THREADED_PEERS: dict[str, Peer] = {
+    "free-threaded": Peer("free-threaded", ("python3.13 (source)",), _file(FREE_THREADED / "complete")),
 }

@@ -59,17 +59,18 @@ cdef class Engine:
         cdef DeviceQueue queue = one.queue
         cdef engine_queue_config cfg
         cdef int rc
-        if queue in self.attached:
-            raise ValueError(f"{queue.name} is attached already")
         if worker >= self.c.nworkers:
             raise ValueError(f"worker {worker}, must be below {self.c.nworkers}")
-        queue.settle()
+        # First: from then on the worker has it.
+        if self.attached.setdefault(queue, one) is not one:
+            raise ValueError(f"{queue.name} is attached already")
+        with cython.critical_section(queue):
+            queue.settle()
         cfg.vq = &queue.vq
         cfg.ops = one.ops
         cfg.kick = queue.kick
         cfg.source = one.source
         cfg.call = queue.to_driver
-        self.attached[queue] = one  # first: from then on the worker has it
         with nogil:
             rc = engine_attach(&self.c, worker, one.engine, &cfg)
         if rc:

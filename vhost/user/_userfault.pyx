@@ -38,6 +38,7 @@ cdef class PageFaults:
     cdef bint is_open
     cdef list regions
 
+    @cython.critical_section
     def __init__(self):
         if self.is_open:
             raise ValueError("opened before")
@@ -56,16 +57,19 @@ cdef class PageFaults:
             raise ValueError("closed")
         return 0
 
+    @cython.critical_section
     def fileno(self):
         self.check_open()
         return self.u.fd
 
+    @cython.critical_section
     def guard(self, int peer):
         self.check_open()
         cdef int rc = userfault_guard(&self.u, peer)
         if rc:
             raise failed(rc, "guard of the front-end's end")
 
+    @cython.critical_section
     def register(self, Region region not None):
         self.check_open()
         cdef int rc = userfault_register(&self.u, region.map, region.map_size)
@@ -78,6 +82,7 @@ cdef class PageFaults:
         # What is registered must stay what it is, whoever else lets it go.
         self.regions.append(region)
 
+    @cython.critical_section
     def end(self):
         self.check_open()
         cdef int rc
@@ -87,11 +92,13 @@ cdef class PageFaults:
         if rc:
             raise failed(rc, "userfaultfd: end")
 
+    @cython.critical_section
     def abandon(self):
         self.check_open()
         with nogil:
             userfault_abandon(&self.u)
 
+    @cython.critical_section
     def close(self):
         if self.is_open:
             self.is_open = False

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A CPython without the interpreter's lock, built from Debian's source of it, which Debian itself does not
+build that way.
+
+Knows how it is configured and where it lies; knows nothing of what is tested with it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+
+from peers.apt import Apt, run, say
+from peers.catalogue import FREE_THREADED
+
+VERSION = "3.13"
+SUITE = "trixie"
+# What pip and the tests' imports need of the system.
+LIBRARIES = ("gcc", "make", "pkg-config", "libc6-dev", "zlib1g-dev", "libssl-dev", "libffi-dev")
+
+
+def install_free_threaded(apt: Apt) -> None:
+    say(f"free-threaded CPython {VERSION}: download the source and build, which takes minutes")
+    folder = FREE_THREADED.with_name("python-source")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    apt("source", "--download-only", "--tar-only", f"python{VERSION}/{SUITE}", cwd=folder)
+    (tarball,) = folder.glob("python3*.orig.tar.*")
+    with tarfile.open(tarball) as archive:
+        # Debian 12's Python does not know filters yet, and ignores the attribute.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
+    (source,) = (path for path in folder.iterdir() if path.is_dir())
+    shutil.rmtree(FREE_THREADED, ignore_errors=True)
+    run(
+        *("./configure", "-q", "--disable-gil", f"--prefix={FREE_THREADED}"),
+        *("--with-ensurepip=no", "--disable-test-modules"),
+        cwd=source,
+    )
+    run("make", "-s", f"-j{os.cpu_count()}", cwd=source)
+    run("make", "-s", "install", cwd=source)
+    (FREE_THREADED / "complete").write_text("\n")
+    shutil.rmtree(folder)
