@@ -169,13 +169,41 @@ int virtqueue_fill(struct virtqueue *vq, uint16_t id, uint32_t written)
 	return FORMAT(vq, fill)(vq, id, written);
 }
 
+static inline uint32_t in_circle(const struct virtqueue *vq, uint32_t i)
+{
+	return vq->order_head + i < vq->num ? vq->order_head + i : vq->order_head + i - vq->num;
+}
+
+static bool waits_for_elders(const struct virtqueue *vq, uint32_t i)
+{
+	return vq->slots[vq->order[in_circle(vq, i)]].seq & VQ_SLOT_DONE;
+}
+
+/* With in_order, what the batch begins with of those that are the oldest, in their order: how many. Nearly always it
+ * is all of it. One that another waits for is left to virtqueue_fill, which stages both. */
+static unsigned fill_oldest(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n)
+{
+	unsigned most = n < vq->order_count ? n : vq->order_count, run = 0;
+
+	while (run < most && vq->order[in_circle(vq, run)] == used[run].id && !waits_for_elders(vq, run))
+		run++;
+	if (unlikely(run && run < vq->order_count && waits_for_elders(vq, run)))
+		run--;
+	run = FORMAT(vq, fill_batch)(vq, used, run);
+	vq->order_head = in_circle(vq, run);
+	vq->order_count -= run;
+	return run;
+}
+
 unsigned virtqueue_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used, unsigned n)
 {
-	unsigned i;
+	unsigned i, done = 0;
 
 	if (likely(!vq->in_order && !vq->inflight))
 		return FORMAT(vq, fill_batch)(vq, used, n);
-	for (i = 0; i < n && !virtqueue_fill(vq, used[i].id, used[i].written); i++)
+	if (likely(!vq->inflight))
+		done = fill_oldest(vq, used, n);
+	for (i = done; i < n && !virtqueue_fill(vq, used[i].id, used[i].written); i++)
 		;
 	return i;
 }

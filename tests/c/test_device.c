@@ -285,6 +285,38 @@ static void batch_in_order(bool packed)
 	rig_destroy(&r);
 }
 
+/* What is given back is what is the oldest, as a device that serves one after the other does it. */
+static void batch_of_the_oldest(bool packed)
+{
+	struct virtqueue_used used[5];
+	struct rig r;
+	uint16_t ids[4];
+
+	rig_init(&r, (struct options){ .packed = packed, .num = packed ? 9 : 8, .in_order = true });
+	for (int lap = 0; lap < 20; lap++) {
+		unsigned early = (unsigned)lap % 5, n = 0;
+
+		add_and_pop(&r, ids, 4);
+		/* One of them may be done before the others; 4: none is. */
+		if (early < 4)
+			CHECK_EQ(virtqueue_push(&r.vq, ids[early], early + 1), 0);
+		for (unsigned i = 0; i < 4; i++)
+			if (i != early)
+				used[n++] = (struct virtqueue_used){ ids[i], i + 1 };
+		/* And not a second time, nor with more than there is room for. */
+		used[n] = lap % 2 ? used[n - 1] : (struct virtqueue_used){ ids[early < 4 ? early : 0], 0 };
+		if (n > 3)
+			CHECK_EQ(virtqueue_fill_batch(&r.vq, &(struct virtqueue_used){ ids[0], 1000 }, 1), 0);
+		CHECK_EQ(virtqueue_fill_batch(&r.vq, used, n + 1), n);
+		virtqueue_flush(&r.vq);
+		for (unsigned i = 0; i < 4; i++)
+			expect_used(&r, ids[i], i + 1);
+		expect_no_used(&r);
+		CHECK_EQ(r.vq.order_count, 0);
+	}
+	rig_destroy(&r);
+}
+
 /* A fault behind good chains: those first, then the fault, and what is out can still be given back. */
 static void batch_with_a_fault(bool packed)
 {
@@ -457,6 +489,7 @@ static void test_both_formats(void)
 		unpop(packed);
 		empty_batch(packed);
 		batch_in_order(packed);
+		batch_of_the_oldest(packed);
 		batch_with_a_fault(packed);
 		event_index(packed);
 		event_long_ago(packed);
