@@ -791,7 +791,9 @@ def test_a_loop_needs_two_chain_objects_beside_those_it_looks_ahead() -> None:
             seen.add(id(chain))
             queue.push(chain)
         driver.get_used()
-    assert len(seen) <= 2 + 3
+    # Without the interpreter's lock it settles at one or two more; what counts is that it does.
+    locked = getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert len(seen) <= (2 + 3 if locked else 4 + 3)
 
 
 def test_batches_need_two_batches_of_chain_objects() -> None:
