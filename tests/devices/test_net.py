@@ -197,6 +197,40 @@ def test_in_order(rings: int) -> None:
             assert recv_all(nic, taken) == sent[:taken]
 
 
+class LateFeatures(Driver):
+    """Says what it has agreed to when the rings are there and enabled, before it kicks."""
+
+    def _start(self, *, resume: bool = False) -> None:
+        ops = self.ops
+        ops.set_features(0)
+        ops.set_mem_table(self.memory)
+        for queue in self.queues:
+            index, place = queue.index, self._places[queue.index]
+            areas = (place.layout.desc, place.layout.avail, place.layout.used)
+            ops.set_vring_num(index, queue.num)
+            ops.set_vring_addr(index, *(place.addr + area for area in areas))
+            ops.set_vring_call(index, queue.call_fd)
+            ops.set_vring_kick(index, queue.kick_fd)
+            ops.set_vring_enable(index, True)
+        ops.set_features(self.negotiated)
+        self._fill()
+        for queue in self.queues:
+            queue.kick()
+
+
+def test_features_that_come_last() -> None:
+    """The rings were there with others, and nothing was processed: it is these that count, also for the
+    device, whose header would be a shorter one."""
+    device = Net(Echo())
+    with InProcess(device) as ops, LateFeatures(ops, packed=False, timeout=10) as nic:
+        for number in range(20):
+            nic.send(sent := frame(60, number), NetHeader(NetHdrF.NEEDS_CSUM, csum_start=34, csum_offset=6))
+            (got,) = nic.recv_frames(1, 10)
+            assert (got.data, got.header.num_buffers) == (sent, 1)
+        assert device.negotiated == nic.negotiated
+    device.close()
+
+
 # -- what is left to the other side ----------------------------------------------------------------
 
 

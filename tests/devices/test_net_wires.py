@@ -8,7 +8,9 @@ import contextlib
 import os
 import random
 import select
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +259,31 @@ def test_several_queues_of_a_tap() -> None:
         device.close()
 
 
+def test_a_tap_that_is_deleted() -> None:
+    """While its rings run: they stop all the same, and whoever comes next is told."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip (package iproute2)")
+    with tap(queue_pairs=3) as (it, far):
+        device = Net(TapWire(it), queue_pairs=3)
+        with InProcess(device) as ops, Driver(ops, queue_pairs=3, timeout=10) as nic:
+            sent = frame(60)
+            nic.send(sent)
+            assert far.recv(2000) == sent
+            subprocess.run(["ip", "link", "delete", it.name], check=True)
+            for pair in range(3):
+                nic.send(sent, pair=pair)
+            nic.flush(10)
+            assert device.counters()["dropped_wire"] == device.dropped == 3
+            before = os.times()
+            assert nic.recv(0.3) is None
+            after = os.times()
+            assert after.user + after.system - before.user - before.system < 0.2
+        with InProcess(device) as ops, pytest.raises(OSError, match=it.name), Driver(ops, queue_pairs=3):
+            pass
+        assert not device._served
+        device.close()
+
+
 def test_taps_that_do_not_fit() -> None:
     with tap() as (it, _), pytest.raises(ValueError, match="2 pairs of queues, and a tap with 1"):
         Net(TapWire(it), queue_pairs=2)
@@ -451,6 +478,25 @@ def test_frames_from_elsewhere_under_load(packed: bool) -> None:
         assert [one for one in got if one[0] != 0xFF] == sent
         assert [one for one in got if one[0] == 0xFF] == extra
         assert other.dropped == 0
+
+
+def test_frames_from_elsewhere_keep_off_a_queue_that_is_held() -> None:
+    """Whoever holds it changes what it translates with, in the session's thread."""
+    with bridged() as (_, other), nic_on(other) as nic:
+        (queue,) = (queue for queue in other._served if not queue.index % 2)
+        for number in range(5):
+            assert other.hold_queue(queue)
+            assert other.hold_queue(queue)
+            sent = frame(60, number)
+            thread = threading.Thread(target=other.deliver, args=(sent,))
+            thread.start()
+            thread.join(0.1)
+            other.release_queue(queue, False)
+            assert thread.is_alive()
+            assert nic.recv(0) is None
+            other.release_queue(queue, False)
+            thread.join(10)
+            assert nic.recv(10) == sent
 
 
 def test_frames_from_elsewhere_that_nobody_takes() -> None:

@@ -97,8 +97,9 @@ class Net(Device):
         self._session: Attached | None = None
         self._receiving: dict[int, DeviceQueue] = {}
         """Receive queues that run, by their pair; the driver need not use all of them."""
-        # Of what the engine has. Another device's session may want to give the driver a frame.
-        self._lock_served = threading.Lock()
+        # Of what the engine has, and held while a queue is: another device's session may want to give the
+        # driver a frame.
+        self._lock_served = threading.RLock()
         self._served: set[DeviceQueue] = set()
         self.pairs: Sequence[NetPair] = [NetPair() for _ in range(queue_pairs)]
         self.engine: NetEngine | None = wire.make_engine(queue_pairs, threads)
@@ -237,14 +238,16 @@ class Net(Device):
             self.wire.set_receiving(queue.index // 2, False)
 
     def hold_queue(self, queue: DeviceQueue) -> bool:
-        if self.engine is None or self._is_control(queue):
+        if self.engine is None or queue not in self._served:
             return False
+        self._lock_served.acquire()
         self.engine.hold(queue)
         return True
 
     def release_queue(self, queue: DeviceQueue, look: bool) -> None:
         if self.engine is not None:
             self.engine.release(queue, look)
+        self._lock_served.release()
 
     def rx(self, queue: DeviceQueue) -> None:
         """Buffers wait until the ring is enabled."""

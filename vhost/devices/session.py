@@ -400,6 +400,8 @@ class DeviceSession(ABC):
                     ring.must_be_stopped(what)
             for ring in begun:
                 ring.unstart()
+            # The device may have been claimed with what was said before.
+            self._release_if_idle()
         try:
             yield
         finally:
