@@ -286,6 +286,8 @@ class DeviceSession(ABC):
         if (features ^ self.features) & ~self.live_features:
             with self._told_anew(f"{what} with other features", *self.rings):
                 self._use_features(features)
+                if self._claimed:  # for rings that did nothing
+                    self._tell_device()
         else:
             self._use_features(features)
 
@@ -400,8 +402,6 @@ class DeviceSession(ABC):
                     ring.must_be_stopped(what)
             for ring in begun:
                 ring.unstart()
-            # The device may have been claimed with what was said before.
-            self._release_if_idle()
         try:
             yield
         finally:
@@ -435,12 +435,7 @@ class DeviceSession(ABC):
         if not self._claimed:
             self.device.claim(self)
             self._claimed = True
-            negotiated = self._device_features()
-            if self.device.is_busy(self):
-                # A shared device can rely on what all of its drivers know: one without FLUSH needs
-                # writes to be stable, whatever the others do.
-                negotiated &= self.device.negotiated
-            self.device.negotiated = negotiated
+            self._tell_device()
         try:
             ring.start(self.memory, self._ring_features(), self.iotlb, self._inflight_of(ring))
             self._run(ring)
@@ -452,6 +447,15 @@ class DeviceSession(ABC):
             raise
         if self._config_changed:
             self.wake()  # it may have had to wait for this
+
+    def _tell_device(self) -> None:
+        """What was negotiated, before any of its rings starts."""
+        negotiated = self._device_features()
+        if self.device.is_busy(self):
+            # A shared device can rely on what all of its drivers know: one without FLUSH needs
+            # writes to be stable, whatever the others do.
+            negotiated &= self.device.negotiated
+        self.device.negotiated = negotiated
 
     def _device_features(self) -> int:
         """What was acknowledged, without the bits that are the transport's."""
