@@ -67,6 +67,9 @@ class Ours:
     def halt(self) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def count(self) -> Count:
         assert self.backend.process is not None
         self.backend.process.send_signal(signal.SIGUSR1)
@@ -96,6 +99,7 @@ class NetVhost:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.changes = 0
         self.testpmd = Testpmd.backend(path, cpu=1, options=("--no-flush-rx",))
         harness.autogroup_first(self.testpmd.process.pid)
 
@@ -106,6 +110,12 @@ class NetVhost:
 
     def halt(self) -> None:
         self.testpmd.command("stop")
+
+    def settle(self) -> None:
+        """Somebody has come or gone: it says so in the middle of a prompt, which is then not known as one."""
+        self.changes += 1
+        self.testpmd.wait_for("link state change event", times=self.changes)
+        time.sleep(0.02)
 
     def count(self) -> Count:
         n = self.testpmd.packets()
@@ -127,6 +137,7 @@ class Link:
         # a source goes on filling it.
         self.client = Testpmd.frontend(server.path, packed=packed, cpu=0, options=("--no-flush-rx",))
         harness.autogroup_first(self.client.process.pid)
+        server.settle()
 
     @contextlib.contextmanager
     def running(self, direction: str, size: int) -> Iterator[None]:

@@ -38,7 +38,9 @@ def frames(server: Server, direction: str, size: int, *, packed: bool) -> None:
     """Before the client connects: net_vhost serves one at a time."""
     server.go(direction, size)
     with Frontend.connect(server.path) as frontend, Net(frontend, packed=packed) as nic:
+        server.settle()
         {SEND: _sends, RECEIVE: _receives, LOOP: _loops}[direction](server, nic, size)
+    server.settle()
     server.halt()
 
 

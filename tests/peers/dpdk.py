@@ -163,10 +163,10 @@ class Testpmd:
                 f"{packets} after {timeout} s, wanted {rx} and {tx}\n{self.log()}"
             )
 
-    def wait_for(self, text: str, timeout: float = DEADLINE) -> None:
+    def wait_for(self, text: str, timeout: float = DEADLINE, *, times: int = 1) -> None:
         """Until its whole output so far holds ``text``, such as "new device status(0x0000000f)"."""
         with self._news:
-            self._until(lambda: text in self._output, text, timeout)
+            self._until(lambda: self._output.count(text) >= times, text, timeout)
 
     def log(self) -> str:
         """The end of all that it wrote, for people."""
