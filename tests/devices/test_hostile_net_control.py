@@ -148,6 +148,10 @@ def test_huge_tables(device_and_commander: tuple[Net, Commander], count: int) ->
     second = bytes(4) + struct.pack("<I", count) + addresses
     assert raw.command(NetCtrl.MAC, NetCtrlMac.TABLE_SET, second) == answer
     assert len(device.control.multicast) == (count if fits else 0)
+    few = struct.pack("<I", count) + addresses[:18]  # as many as it says, or three
+    for tables in (few + bytes(4), bytes(4) + few):
+        answer = raw.command(NetCtrl.MAC, NetCtrlMac.TABLE_SET, tables)
+        assert answer == (CTRL_OK if count <= 3 else CTRL_ERR)
 
 
 def test_vlans(device_and_commander: tuple[Net, Commander]) -> None:
