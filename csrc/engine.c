@@ -171,7 +171,7 @@ int engine_init(struct engine *e, unsigned nworkers, const char *name, const int
 	if (e->notice < 0)
 		return -errno;
 	pthread_mutex_init(&e->control, NULL);
-	e->workers = calloc(nworkers, sizeof(*e->workers));
+	e->workers = calloc(nworkers ? nworkers : 1, sizeof(*e->workers));
 	if (!e->workers) {
 		engine_destroy(e);
 		return -ENOMEM;
@@ -230,6 +230,20 @@ static void unwatch_queue(struct engine_worker *w, struct engine_queue *q)
 	unwatch(w, q->source);
 }
 
+unsigned engine_idlest(const struct engine *e)
+{
+	unsigned i, best = 0, least = UINT32_MAX, queues;
+
+	for (i = 0; i < e->nworkers; i++) {
+		queues = __atomic_load_n(&e->workers[i].attached, __ATOMIC_RELAXED);
+		if (queues < least) {
+			least = queues;
+			best = i;
+		}
+	}
+	return best;
+}
+
 int engine_attach(struct engine *e, unsigned worker, struct engine_queue *q,
 		      const struct engine_queue_config *cfg)
 {
@@ -241,6 +255,7 @@ int engine_attach(struct engine *e, unsigned worker, struct engine_queue *q,
 		return -ESRCH;
 	q->vq = cfg->vq;
 	q->ops = cfg->ops;
+	q->owner = cfg->owner;
 	/* Whoever had it before may have been taken off it at work, with notifications off: a queue that
 	 * is empty at the first look would then never be kicked for. */
 	q->armed = false;
@@ -267,7 +282,7 @@ int engine_attach(struct engine *e, unsigned worker, struct engine_queue *q,
 		while (w->incoming)
 			pthread_cond_wait(&w->handed_over, &w->lock);
 		pthread_mutex_unlock(&w->lock);
-		w->attached++;
+		__atomic_store_n(&w->attached, w->attached + 1, __ATOMIC_RELAXED);
 		q->worker = w;
 	}
 	pthread_mutex_unlock(&e->control);
@@ -297,7 +312,8 @@ void engine_detach(struct engine *e, struct engine_queue *q)
 	while (!q->gone)
 		pthread_cond_wait(&w->handed_over, &w->lock);
 	pthread_mutex_unlock(&w->lock);
-	if (!--w->attached) {
+	__atomic_store_n(&w->attached, w->attached - 1, __ATOMIC_RELAXED);
+	if (!w->attached) {
 		pthread_join(w->thread, NULL);
 		w->running = false;
 	}

@@ -49,6 +49,7 @@ struct engine_queue {
 	int kick;
 	int source; /* something else that there may be work for the queue from; waited for as a kick is */
 	struct virtqueue_call call;
+	const struct engine *owner; /* whose notice tells of it; NULL: its worker's */
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;
@@ -67,7 +68,7 @@ struct engine_worker {
 	pthread_t thread;
 	bool running;
 	int epoll, wake;
-	unsigned attached;	       /* queues, those that are on their way included */
+	unsigned attached;	       /* atomic: queues, those that are on their way included */
 	struct engine_queue *incoming; /* under the lock */
 	bool changed;		       /* atomic: look at `incoming`, `hold`, and for `leaving` */
 	unsigned hold;		       /* under the lock: who wants the thread to keep off its queues ... */
@@ -90,11 +91,11 @@ struct engine {
 	unsigned spinners;	 /* atomic: workers that spin at this moment ... */
 	unsigned max_spinners;	 /* ... and how many may, so that one CPU is left to the driver */
 	const int *repairs;	 /* atomic: sigbus_repairs() of whoever maps the memory */
-	int notice;		 /* eventfd: a queue or its memory broke */
+	int notice;		 /* eventfd: one of its queues, or memory below one, broke */
 };
 
 /* 0 or a negative errno. `repairs`: see sigbus_repairs(). `cpus`: where each worker runs, -1 for any; NULL:
- * all of them anywhere. */
+ * all of them anywhere. One without workers is for queues that another engine's serve. */
 int engine_init(struct engine *e, unsigned nworkers, const char *name, const int *repairs,
 		const int *cpus);
 
@@ -114,7 +115,11 @@ struct engine_queue_config {
 	const struct engine_ops *ops;
 	int kick, source;
 	struct virtqueue_call call;
+	const struct engine *owner; /* whose notice tells of it; NULL: of the engine that serves it */
 };
+
+/* The worker with the fewest queues, as far as one can say while others attach. */
+unsigned engine_idlest(const struct engine *e);
 
 /*
  * Hands the queue to a worker, which looks at it at once. From here to the return of detach the ring

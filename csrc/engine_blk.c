@@ -206,6 +206,7 @@ static bool run(struct engine_worker *w, struct blk_queue *q, int n)
 	enum virtqueue_fault f = VQ_OK;
 	struct blk_batch later;
 	struct blk_request *r;
+	uint64_t moved = 0;
 	int i;
 
 	blk_batch_init(&later);
@@ -227,9 +228,11 @@ static bool run(struct engine_worker *w, struct blk_queue *q, int n)
 			blk_batch_add(&later, r);
 			take(q, &batch[i]);
 		}
+		moved += r->room + r->chain.out_len;
 		/* Who takes a queue back waits for the request at hand, not for as much as a guest can
-		 * put into a batch: a session's thread has others to serve. The newest goes first. */
-		if (unlikely(engine_changes(w)) && q->disk->fd >= 0)
+		 * put into a batch: a session's thread has others to serve. So has the worker. The newest
+		 * goes first. */
+		if (unlikely(engine_changes(w) || moved > BLK_TURN_BYTES) && q->disk->fd >= 0)
 			while (n > i + 1)
 				virtqueue_unpop(vq, batch[--n]);
 	}

@@ -14,6 +14,7 @@
 #define BLK_DEPTH 128u		     /* requests of a queue in flight */
 #define BLK_PUBLISH_NS 20000u	     /* what is done this long ... */
 #define BLK_PUBLISH_BYTES (128u << 10) /* ... or has moved as much is published before the batch ends */
+#define BLK_TURN_BYTES (4u << 20)      /* as much, and it is the turn of the worker's other queues */
 #define BLK_TRIAL_BYTES (64u << 10)    /* a write of at most this is tried by the worker ... */
 #define BLK_TRIAL_NS 100000u	       /* ... and, when it took longer, ... */
 #define BLK_SLOW_WRITES 128u	       /* ... not again for as many */

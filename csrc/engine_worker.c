@@ -38,6 +38,11 @@ static void tell_log(struct engine_queue *q)
 		eventfd_signal(q->vq->log->fd);
 }
 
+static void tell_owner(struct engine_worker *w, struct engine_queue *q)
+{
+	eventfd_signal(engine_notice(q->owner ? q->owner : w->engine));
+}
+
 void engine_publish(struct engine_queue *q)
 {
 	virtqueue_flush(q->vq);
@@ -52,7 +57,7 @@ int engine_pop(struct engine_worker *w, struct engine_queue *q, struct vhost_cha
 
 	if (!got && unlikely(q->vq->report.fault) && !q->missed) {
 		q->missed = true;
-		eventfd_signal(w->engine->notice);
+		tell_owner(w, q);
 	}
 	if (q->armed && got > 0) {
 		virtqueue_disable_notification(q->vq);
@@ -64,7 +69,7 @@ int engine_pop(struct engine_worker *w, struct engine_queue *q, struct vhost_cha
 void engine_fail(struct engine_worker *w, struct engine_queue *q)
 {
 	q->failed = true;
-	eventfd_signal(w->engine->notice);
+	tell_owner(w, q);
 }
 
 bool engine_arm(struct engine_queue *q)
@@ -256,12 +261,14 @@ static bool change(struct engine_worker *w)
 /* A SIGBUS was caught since the last look: whose memory it was, the owners of the queues find out. */
 static void look_for_repairs(struct engine_worker *w)
 {
+	struct engine_queue *q;
 	int repairs = LOAD_ACQUIRE(*w->engine->repairs);
 
 	if (likely(repairs == w->repairs))
 		return;
 	w->repairs = repairs;
-	eventfd_signal(w->engine->notice);
+	for (q = w->queues; q; q = q->next)
+		tell_owner(w, q);
 }
 
 void *engine_worker_main(void *arg)

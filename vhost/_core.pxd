@@ -351,7 +351,9 @@ cdef extern from "engine.h" nogil:
         int kick
         int source
         virtqueue_call call
+        const engine *owner
 
+    unsigned int engine_idlest(const engine *)
     int engine_init(engine *, unsigned int, const char *, const int *, const int *)
     void engine_destroy(engine *)
     int engine_notice(const engine *)

@@ -85,7 +85,7 @@ static int an_eventfd(void)
 /* With a kick, or the worker would look every now and then without being woken. */
 static void toy_attach(struct engine *e, struct toy *t, bool keeps)
 {
-	struct engine_queue_config cfg = { &t->vq, &toy_ops, an_eventfd(), an_eventfd(), { .fd = -1 } };
+	struct engine_queue_config cfg = { &t->vq, &toy_ops, an_eventfd(), an_eventfd(), { .fd = -1 }, NULL };
 
 	memset(t, 0, sizeof(*t));
 	t->keeps = keeps;
@@ -203,7 +203,7 @@ static void test_where_it_runs(void)
 static void test_no_such_cpu(void)
 {
 	const int cpu = CPU_SETSIZE - 1;
-	struct engine_queue_config cfg = { NULL, &toy_ops, -1, -1, { .fd = -1 } };
+	struct engine_queue_config cfg = { NULL, &toy_ops, -1, -1, { .fd = -1 }, NULL };
 	struct engine e;
 	struct toy t;
 

@@ -148,7 +148,7 @@ static void world_destroy(struct world *w)
 static void attach_with(struct world *w, unsigned i, int kick)
 {
 	struct lane *l = &w->lanes[i];
-	struct engine_queue_config cfg = { &l->vq, &blk_engine_ops, kick, l->bq.wake, { .fd = l->call } };
+	struct engine_queue_config cfg = { &l->vq, &blk_engine_ops, kick, l->bq.wake, { .fd = l->call }, NULL };
 
 	CHECK_EQ(engine_attach(&w->engine, i % w->engine.nworkers, &l->bq.engine, &cfg), 0);
 }
@@ -433,7 +433,7 @@ static void test_refused(void)
 	unsigned fds;
 
 	world_init(&w, false, false, 1, BLK_AIO_URING);
-	cfg = (struct engine_queue_config){ &w.lanes[0].vq, &blk_engine_ops, w.disk.fd, -1, { .fd = -1 } };
+	cfg = (struct engine_queue_config){ &w.lanes[0].vq, &blk_engine_ops, w.disk.fd, -1, { .fd = -1 }, NULL };
 	fds = open_fds();
 	CHECK_EQ(engine_attach(&w.engine, 0, &w.lanes[0].bq.engine, &cfg), -EPERM);
 	CHECK_EQ(open_fds(), fds);
@@ -503,7 +503,7 @@ static void test_a_fork(void)
 	CHECK(child >= 0);
 	if (!child) {
 		alarm(20);
-		cfg = (struct engine_queue_config){ &w.lanes[1].vq, &blk_engine_ops, -1, -1, { .fd = -1 } };
+		cfg = (struct engine_queue_config){ &w.lanes[1].vq, &blk_engine_ops, -1, -1, { .fd = -1 }, NULL };
 		CHECK_EQ(engine_attach(&w.engine, 0, &other, &cfg), -ESRCH);
 		engine_detach(&w.engine, &other);
 		engine_detach(&w.engine, &w.lanes[0].bq.engine);

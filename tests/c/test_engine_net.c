@@ -138,7 +138,7 @@ static void world_destroy(struct world *w)
 static void attach(struct world *w, struct lane *l)
 {
 	const struct engine_ops *ops = l == &w->rx ? &net_receive_ops : &net_transmit_ops;
-	struct engine_queue_config cfg = { &l->vq, ops, l->kick, -1, { .fd = l->call } };
+	struct engine_queue_config cfg = { &l->vq, ops, l->kick, -1, { .fd = l->call }, NULL };
 
 	CHECK_EQ(engine_attach(&w->engine, 0, &l->nq.engine, &cfg), 0);
 }

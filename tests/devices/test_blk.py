@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import fds
 from devices.disks import HANDLERS, SEGMENT, Ring, how, pattern, ring, serving, wait_for
 from devices.load import Load
 from rig import Rig
-from vhost.devices._blk_engine import MAX_RANGES
+from vhost.devices._blk_engine import MAX_RANGES, BlkEngine
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
 from vhost.drivers import Blk as BlkDriver
@@ -542,6 +543,32 @@ def test_threads_run_while_rings_do(image: Path, no_leaks: None) -> None:
     device.close()
     with pytest.raises(ValueError, match="attached already"), ring(Blk(image, threads=1)) as one:
         one.device.start_queue(one.queue)
+
+
+def test_devices_that_share_workers(image: Path, tmp_path: Path, no_leaks: None) -> None:
+    """Each has its own disk and its own notice; queues go to the worker that has fewest."""
+    engine = BlkEngine(2, "vhost-blk")
+    other = tmp_path / "other"
+    other.write_bytes(pattern(SIZE, 2))
+    rings = []
+    for path in (image, other, image, other):
+        device = Blk(path, engine=engine, share=True)
+        device.claim(Session())
+        rings.append(Ring(device))
+        assert len(engine_threads()) == min(len(rings), 2)
+    for one, seed in zip(rings, (1, 2, 1, 2), strict=True):
+        assert one.request(BlkType.IN, 0, room=512)[2] == pattern(SIZE, seed)[:512]
+    notices = [one.device.notice for one in rings]
+    assert len(set(notices)) == 4
+    rings[1].send([(rings[1].free, 1)], [])
+    assert "header" in rings[1].wait_broken()
+    assert not any(select.select(notices[:1] + notices[2:], [], [], 0)[0]), "it is told to who has it"
+    for one in rings:
+        if one is not rings[1]:
+            assert one.request(BlkType.IN, 8, room=512)[0] == 0
+        device = one.device
+        one.close()
+        device.close()
 
 
 def test_threads_end_with_a_device_that_nobody_has(no_leaks: None) -> None:

@@ -24,7 +24,7 @@ from devices.disks import (
     serving,
     wait_for,
 )
-from vhost.devices._blk_engine import MAX_RANGES
+from vhost.devices._blk_engine import MAX_RANGES, BlkEngine
 from vhost.devices.blk import Blk
 from vhost.devices.blk_python import MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS
 from vhost.drivers import Blk as BlkDriver
@@ -515,3 +515,39 @@ def test_a_queue_is_taken_back_in_the_middle_of_a_batch(tmp_path: Path, packed: 
             assert one.driver.wait(20), one.queue.broken
             late += [token for token, _ in one.driver.get_used_batch(count)]
         assert early + late == list(range(count))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_of_large_requests_keeps_no_other_queue_waiting(
+    tmp_path: Path, packed: bool, no_leaks: None
+) -> None:
+    """Two guests of one worker. What the second writes, the last of the first's reads find: it had its turn
+    before those were done, although they were there first."""
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    engine = BlkEngine(1, "vhost-blk")
+    count = 30
+    with (
+        ring(Blk(disk, engine=engine, share=True), packed=packed, num=4096, regions=8) as large,
+        ring(Blk(disk, engine=engine, share=True), packed=packed) as small,
+    ):
+        large.device.hold_queue(large.queue)
+        header_at, status, first, data = (large.free + at for at in (0, 64, 512, 32 << 10))
+        large.memory.write(header_at, header(BlkType.IN))
+        rest = [(data, (BASE + 8 * REGION - data) // 512 * 512)] * 16
+        for number in range(count):
+            writable = [(first + number * 512, 512), *rest, (status, 1)]
+            large.driver.add([(header_at, 16)], writable, number)
+        large.driver.kick()
+        small.memory.write(small.free, header(BlkType.OUT) + b"w" * 512)
+        small.driver.add([(small.free, 16 + 512)], [(small.free + 1024, 1)], None)
+        small.driver.kick()
+        large.device.release_queue(large.queue, True)
+        done = 0
+        while done < count:
+            assert large.driver.wait(20), large.queue.broken
+            done += len(large.driver.get_used_batch(count))
+        found = [large.memory.read(first + number * 512, 512) for number in range(count)]
+        assert found[0] == bytes(512)
+        assert found[-1] == b"w" * 512

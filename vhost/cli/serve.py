@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import selectors
 import signal
 import socket
@@ -68,7 +69,7 @@ def add_commands(commands: Commands) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="workers (default: one a queue or CPU; with --python none, but the thread that has the socket)",
+        help="workers of all sessions (default: one a CPU; with --python the thread that has the socket)",
     )
     blk.add_argument("--cpus", type=cpus, default=(), metavar="N,...", help="CPUs to run the workers on")
     blk.add_argument(
@@ -100,10 +101,13 @@ def only_capabilities(arguments: Sequence[str]) -> list[str]:
 
 
 def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
+    from vhost.devices._blk_engine import BlkEngine
     from vhost.devices.blk import Blk
 
     if (args.blk_file is None) == (args.null_size is None):
         raise SystemExit("vhost serve blk: one of --blk-file and --null-size is needed")
+
+    engine: BlkEngine | None = None
 
     def make() -> Device:
         return Blk(
@@ -112,19 +116,23 @@ def blk_factory(args: argparse.Namespace) -> Callable[[], Device]:
             read_only=args.read_only,
             num_queues=args.num_queues,
             queue_size=args.queue_size,
-            threads=args.threads,
-            cpus=args.cpus,
+            threads=None if engine else args.threads,
+            cpus=() if engine else args.cpus,
             aio=args.aio,
             cache=args.cache,
             serial=args.serial,
             share=args.share,
             handler="python" if args.python else "c",
+            engine=engine,
         )
 
     try:
         make().close()  # what cannot be served is an error now, not at the first connection
     except ValueError as error:
         raise SystemExit(f"vhost serve blk: {error}") from None
+    if not args.python and args.aio != "sync":  # there, a session that waits would keep the others waiting
+        threads = args.threads or len(args.cpus or os.sched_getaffinity(0))
+        engine = BlkEngine(threads, "vhost-blk", args.cpus)
     return make
 
 

@@ -137,8 +137,8 @@ cdef class _Pool:
 cdef class BlkEngine(Engine):
     cdef _Pool pool
 
-    def __cinit__(self, unsigned int workers, str name not None, cpus=()):
-        self.pool = _Pool(name)
+    def __cinit__(self, unsigned int workers, str name not None, cpus=(), BlkEngine of=None):
+        self.pool = _Pool(name) if of is None else of.pool
 
     def attach(self, DeviceQueue queue not None, Disk disk not None, unsigned int worker, *, bint writethrough,
                str aio not None):

@@ -7,6 +7,8 @@ from vhost.device_queue cimport DeviceQueue
 
 cdef class Engine:
     cdef engine c
+    cdef Engine of  # whose workers they are; None: its own
+    cdef engine *serving  # of these
     cdef bint ready
     cdef dict attached  # DeviceQueue: EngineQueue
 

@@ -9,12 +9,19 @@ __all__ = ["Engine"]
 
 class Engine:
     """Worker threads, which run while they have queues. ``cpus``: where they run, one after the other and
-    from the first again; empty: anywhere."""
+    from the first again; empty: anywhere. ``of``: this one has no workers, but those of another, which stays
+    until this one is gone; what is told of its queues is told here."""
 
-    def __init__(self, workers: int, name: str, cpus: Sequence[int] = ()) -> None: ...
+    def __init__(
+        self, workers: int, name: str, cpus: Sequence[int] = (), of: Engine | None = None
+    ) -> None: ...
     @property
     def workers(self) -> int:
         """How many there are."""
+
+    @property
+    def idlest(self) -> int:
+        """The worker that has the fewest queues, of all its engines."""
 
     @property
     def notice(self) -> int:

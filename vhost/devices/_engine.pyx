@@ -19,9 +19,11 @@ __all__ = ["Engine"]
 # the threads. Nothing below refers back to a device, so that no cycle is lost by it.
 @cython.no_gc
 cdef class Engine:
-    def __cinit__(self, unsigned int workers, str name not None, cpus=()):
+    def __cinit__(self, unsigned int workers, str name not None, cpus=(), Engine of=None):
         cdef int *where = NULL
         cdef int rc
+        if of is not None and (workers or cpus or of.of is not None):
+            raise ValueError("of: an engine that has workers, for one that has none")
         if cpus:
             where = <int *> calloc(workers, sizeof(int))
             if where == NULL:
@@ -36,6 +38,8 @@ cdef class Engine:
         if rc:
             raise OSError(-rc, f"{name}: cannot set up the engine")
         self.ready = True
+        self.of = of
+        self.serving = &self.c if of is None else &of.c
         self.attached = {}
 
     def __dealloc__(self):
@@ -53,14 +57,18 @@ cdef class Engine:
 
     @property
     def workers(self):
-        return self.c.nworkers
+        return self.serving.nworkers
+
+    @property
+    def idlest(self):
+        return engine_idlest(self.serving)
 
     cdef int hand_over(self, EngineQueue one, unsigned int worker) except -1:
         cdef DeviceQueue queue = one.queue
         cdef engine_queue_config cfg
         cdef int rc
-        if worker >= self.c.nworkers:
-            raise ValueError(f"worker {worker}, must be below {self.c.nworkers}")
+        if worker >= self.workers:
+            raise ValueError(f"worker {worker}, must be below {self.workers}")
         # First: from then on the worker has it.
         if self.attached.setdefault(queue, one) is not one:
             raise ValueError(f"{queue.name} is attached already")
@@ -71,8 +79,9 @@ cdef class Engine:
         cfg.kick = queue.kick
         cfg.source = one.source
         cfg.call = queue.to_driver
+        cfg.owner = &self.c
         with nogil:
-            rc = engine_attach(&self.c, worker, one.engine, &cfg)
+            rc = engine_attach(self.serving, worker, one.engine, &cfg)
         if rc:
             del self.attached[queue]
             why = "it belongs to the process that this one was forked from" if rc == -ESRCH else os.strerror(-rc)
@@ -98,7 +107,7 @@ cdef class Engine:
 
     cdef int take_back(self, EngineQueue one) except -1:
         with nogil:
-            engine_detach(&self.c, one.engine)
+            engine_detach(self.serving, one.engine)
         return 0
 
 

@@ -31,8 +31,9 @@ class Blk(Device):
     what is written and leaves a reader's memory as it was.
 
     ``handler``: "c" runs requests in ``threads`` workers without the GIL (default: one a queue, up to
-    the number of ``cpus``), which are this process's: a fork makes a device of its own; "python" runs them in
-    the session's thread, or in as many ``threads`` as are asked for (``Device.workers``), and waits itself.
+    the number of ``cpus``), which are this process's: a fork makes a device of its own. Devices that are
+    given the same ``engine`` have its workers, instead of their own. "python" runs requests in the session's
+    thread, or in as many ``threads`` as are asked for (``Device.workers``), and waits itself.
     ``cpus``: where the workers run, one after the other and from the first again; default: anywhere.
     ``aio``: who waits for what the page cache does not have: "io_uring", a pool of "threads", the worker
     itself ("sync"), or the first of these that the kernel allows ("auto").
@@ -59,6 +60,7 @@ class Blk(Device):
         serial: str = "",
         share: bool = False,
         handler: str = "c",
+        engine: BlkEngine | None = None,
     ) -> None:
         if (path is None) == (null_size is None):
             raise ValueError("one of path and null_size is needed")
@@ -72,6 +74,8 @@ class Blk(Device):
             raise ValueError(f"handler {handler!r}, must be 'c' or 'python'")
         if handler == "python" and (cpus or aio != "auto"):
             raise ValueError("cpus and aio are for handler 'c'")
+        if engine is not None and (threads is not None or cpus or handler != "c"):
+            raise ValueError("threads, cpus and handler 'python' are for a device that is given no engine")
         if absent := set(cpus) - os.sched_getaffinity(0):
             raise ValueError(f"cpus {sorted(absent)}, must be among those that this process may use")
         id_bytes = serial.encode()
@@ -105,11 +109,15 @@ class Blk(Device):
                 serial=id_bytes,
             )
             workers = min(num_queues, threads or len(cpus or os.sched_getaffinity(0)))
-            if handler == "c":
+            if engine is not None:
+                self.engine = BlkEngine(0, "vhost-blk", of=engine)
+                workers = engine.workers
+            elif handler == "c":
                 self.engine = BlkEngine(workers, "vhost-blk", cpus)
             else:
                 self.workers = threads or 0
             self._workers = workers
+            self._first = 0  # of these: queue 0's
         except BaseException:
             self.close()
             raise
@@ -188,7 +196,7 @@ class Blk(Device):
     def start_queue(self, queue: DeviceQueue) -> bool:
         if self.engine is None:
             return False
-        worker = queue.index % self._workers
+        worker = (self._first + queue.index) % self._workers
         self.engine.attach(queue, self.disk, worker, writethrough=self.writethrough, aio=self.aio)
         return True
 
@@ -210,6 +218,8 @@ class Blk(Device):
 
     def claim(self, session: Attached) -> None:
         super().claim(session)
+        if self.engine is not None:
+            self._first = self.engine.idlest
         if self.image is None or not self._locks:
             return
         try:
