@@ -144,6 +144,8 @@ def test_tap(boot: Boot, tmp_path: Path) -> None:
                 want = make_data(guest)
                 job = guest.start(f"nc {ADDRESSES[1]} {port} </tmp/data")
                 with listener.accept()[0] as stream:
+                    # What waits in the guest's socket goes in large segments, however slowly it was written.
+                    time.sleep(2)
                     data = stream.makefile("rb").read()
                 job.wait()
                 assert (len(data), hashlib.md5(data).hexdigest()) == (MIB << 20, want)
