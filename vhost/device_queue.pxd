@@ -69,7 +69,7 @@ cdef class DeviceQueue(Origin):
     cdef void let_go(self, PyObject *chain) noexcept
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1
     cdef int stage(self, Chain chain, int64_t written) except -1
-    cdef int give(self, Chain chain, object written) except -1
+    cdef int give(self, Chain chain, object written, bint publish) except -1
     cdef int mark(self, Chain chain, uint32_t written) except -1
     cdef int tell_log(self) except -1
     cdef int apply_log(self) except -1

@@ -457,12 +457,14 @@ cdef class DeviceQueue(Origin):
         self.let_go(<PyObject *>chain)
         return 0
 
-    cdef int give(self, Chain chain, object written) except -1:
+    cdef int give(self, Chain chain, object written, bint publish) except -1:
         # The length may be an object whose __index__ does anything: before the look at whose the chain is.
         cdef int64_t length = 0 if written is None else length_of(written)
         with cython.critical_section(self, chain):
             self.must_be_ours(chain)
             self.stage(chain, chain.use.written if written is None else length)
+            if publish:
+                self.publish()
         return 0
 
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1:
@@ -519,9 +521,7 @@ cdef class DeviceQueue(Origin):
         self.fail()
 
     def push(self, Chain chain not None, written=None):
-        self.give(chain, written)
-        with cython.critical_section(self):
-            self.publish()
+        self.give(chain, written, True)
 
     def push_batch(self, chains, written=None):
         cdef list batch = chains if type(chains) is list else list(chains)
@@ -535,7 +535,7 @@ cdef class DeviceQueue(Origin):
             while i < len(batch):
                 staged = self.give_batch(batch, i, lengths)
                 if not staged:
-                    self.give(<Chain?>batch[i], None if lengths is None else lengths[i])
+                    self.give(<Chain?>batch[i], None if lengths is None else lengths[i], False)
                     staged = 1
                 i += staged
         finally:
@@ -545,7 +545,7 @@ cdef class DeviceQueue(Origin):
                     self.publish()
 
     def fill(self, Chain chain not None, written=None):
-        self.give(chain, written)
+        self.give(chain, written, False)
 
     @cython.critical_section
     def flush(self):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -254,12 +253,3 @@ def session(wire: str, packed: bool, *, drain: bool = False, **options: Any) -> 
 def world(name: str) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
         yield World(name, stack)
-
-
-@contextlib.contextmanager
-def event() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from devices.disks import serving
+from devices.nets import Beyond, beyond_a_tap
 from drivers.net_device import frame
 from vhost.devices.net import Net
 from vhost.devices.net_wires import Bridge, Drop, Echo, Packets, Source, TapWire, Wire
@@ -192,19 +193,10 @@ def test_which_sockets() -> None:
 
 
 @contextlib.contextmanager
-def tap(**options: Any) -> Iterator[tuple[Tap, socket.socket]]:
+def tap(**options: Any) -> Iterator[tuple[Tap, Beyond]]:
     """And what is beyond it: all that it sends is received there, and the other way."""
-    try:
-        it = Tap("pvwire%d", **options)
-    except OSError as error:
-        pytest.skip(f"needs /dev/net/tun and CAP_NET_ADMIN: {error}")
-    with it, socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE)) as far:
-        it.mtu = 9000
-        Path(f"/proc/sys/net/ipv6/conf/{it.name}/disable_ipv6").write_text("1")  # or it would say so
-        it.up()
-        far.bind((it.name, ETHERTYPE))
-        far.settimeout(10)
-        yield it, far
+    with beyond_a_tap(**options) as far:
+        yield far.tap, far
 
 
 @BOTH
