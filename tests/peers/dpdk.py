@@ -23,11 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 # Only to tell slow from stuck: a start takes two seconds on an idle machine.
 DEADLINE = 90.0
-PROMPT = "testpmd> "
+# Each character of it is a write of its own, and what other threads print comes between them: lines of
+# the log, which therefore have their own pipe, and news of a port, as an empty line and the line itself.
+PROMPT = re.compile(r"\n?".join("testpmd> "))
+EVENT = re.compile(r"Port \d+: [\w ]+ event\n")
 MEMORY_MIB = 256
 MBUFS = 16384
 
@@ -65,23 +68,26 @@ class Testpmd:
             *(f"--rxq={queues}", f"--txq={queues}", *options),
         ]
         self._output = ""
-        self._seen = 0
-        """How much of the output belongs to commands that were answered."""
+        """All that it wrote, its log too."""
+        self._answer = ""
+        """What it wrote to its standard output since the last prompt."""
         self._prompted = False
-        self._ended = False
         self._news = threading.Condition()
         self.process = subprocess.Popen(
             self.arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             # Where it keeps what identifies it: each has its own, so that any number can run.
             env={**os.environ, "RUNTIME_DIRECTORY": self._runtime.name},
             # For the scheduler a group of its own, which one who measures may prefer.
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        pipes = (self.process.stdout, self.process.stderr)
+        self._open = len(pipes)
+        self._readers = [threading.Thread(target=self._read, args=(pipe,), daemon=True) for pipe in pipes]
+        for reader in self._readers:
+            reader.start()
 
     @classmethod
     def backend(
@@ -130,14 +136,14 @@ class Testpmd:
     def wait_ready(self) -> None:
         """Until it takes commands: a server listens then, a client is connected."""
         if not self._prompted:
-            self._wait(PROMPT, DEADLINE)
+            self._wait_prompt()
             self._prompted = True
 
     def command(self, line: str) -> str:
         """Give a command and return what it wrote, until the next prompt."""
         self.wait_ready()
         self._write(line)
-        return self._wait(PROMPT, DEADLINE)
+        return self._wait_prompt()
 
     def packets(self) -> Packets:
         """What the port has counted so far."""
@@ -188,8 +194,9 @@ class Testpmd:
         """Kill it if it still runs. Idempotent."""
         self.process.kill()
         self.process.wait(DEADLINE)
-        self._reader.join(DEADLINE)
-        for pipe in (self.process.stdin, self.process.stdout):
+        for reader in self._readers:
+            reader.join(DEADLINE)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert pipe is not None
             pipe.close()
         self._runtime.cleanup()
@@ -209,29 +216,31 @@ class Testpmd:
         self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
 
-    def _wait(self, text: str, timeout: float) -> str:
-        """Until ``text`` appears in what was not looked at yet; returns what comes before it."""
+    def _wait_prompt(self) -> str:
+        """Until the next prompt; returns what comes before it."""
         with self._news:
-            self._until(lambda: text in self._output[self._seen :], text, timeout)
-            end = self._output.index(text, self._seen)
-            found = self._output[self._seen : end]
-            self._seen = end + len(text)
-            return found
+            self._until(lambda: PROMPT.search(self._answer) is not None, "testpmd> ", DEADLINE)
+            prompt = PROMPT.search(self._answer)
+            assert prompt is not None
+            answer, self._answer = self._answer[: prompt.start()], self._answer[prompt.end() :]
+            return answer
 
     def _until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
-        self._news.wait_for(lambda: self._ended or condition(), timeout)
+        self._news.wait_for(lambda: not self._open or condition(), timeout)
         if not condition():
-            why = "ended" if self._ended else f"did not do so in {timeout} s"
+            why = f"did not do so in {timeout} s" if self._open else "ended"
             raise AssertionError(f"testpmd was to say {what!r} and {why}\n{self.log()}")
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        while data := os.read(self.process.stdout.fileno(), 65536):
+    def _read(self, pipe: IO[bytes]) -> None:
+        while data := os.read(pipe.fileno(), 65536):
+            text = data.decode(errors="replace")
             with self._news:
-                self._output += data.decode(errors="replace")
+                self._output += text
+                if pipe is self.process.stdout:
+                    self._answer = EVENT.sub("", self._answer + text)
                 self._news.notify_all()
         with self._news:
-            self._ended = True
+            self._open -= 1
             self._news.notify_all()
 
 

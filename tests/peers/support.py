@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn, Self
@@ -38,6 +38,14 @@ def require(*names: str) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(text, pytrace=False)
         pytest.skip(text)
+
+
+def wait_until(condition: Callable[[], object], *, pause: float = 0.001, timeout: float = DEADLINE) -> None:
+    """Ask again and again, ``pause`` seconds apart, until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not so in {timeout} s"
+        time.sleep(pause)
 
 
 class Process:

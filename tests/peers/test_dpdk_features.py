@@ -26,7 +26,7 @@ import pytest
 
 from peers.dpdk import Testpmd
 from peers.offered import Exercise, Table
-from peers.support import DEADLINE, require
+from peers.support import DEADLINE, require, wait_until
 from vhost import Frontend, drivers
 from vhost.dirty_log import DirtyLog
 from vhost.drivers.base import RING_FEATURES, Driver
@@ -103,13 +103,6 @@ class Plain(Driver):
             assert rx.get_used() == (i, len(whole))
             assert tx.get_used() is not None
             assert self.view[i * 4096 + NetHeader.SIZE : i * 4096 + len(whole)] == frame
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 @dataclass

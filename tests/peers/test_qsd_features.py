@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import select
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 
 from peers.offered import Exercise, Table
-from peers.support import DEADLINE, StorageDaemon, make_disk, require
+from peers.support import DEADLINE, StorageDaemon, make_disk, require, wait_until
 from vhost import Frontend, drivers
 from vhost.dirty_log import DirtyLog
 from vhost.drivers.base import RING_FEATURES
@@ -293,13 +292,6 @@ def notify_on_empty(peer: Peer) -> None:
         wait_until(queue.has_used)
         blk.ops.get_config(0, 8)  # it had its turn
         assert bool(select.select([queue.call_fd], [], [], DEADLINE if called else 0)[0]) == called
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @FEATURES.of(VhostF.PROTOCOL_FEATURES)
