@@ -788,12 +788,15 @@ cdef class Drain:
         return self
 
     def __next__(self):
+        cdef Chain chain = None
         with cython.critical_section(self.queue):
             # Nothing is ahead of a queue that is closed or broken.
-            if self.over or (self.queue.ahead_end == self.queue.ahead_next or not self.left) and not self.look():
-                raise StopIteration
-            self.left -= 1
-            return self.queue.next_ahead()
+            if not self.over and (self.queue.ahead_end > self.queue.ahead_next and self.left or self.look()):
+                self.left -= 1
+                chain = self.queue.next_ahead()
+        if chain is None:
+            raise StopIteration  # out here, it makes no exception object
+        return chain
 
     cdef bint look(self) except -1:
         # Chains are ahead, or the drain is at its end.
