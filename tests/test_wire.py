@@ -63,6 +63,21 @@ def test_as_the_struct_module_does(kinds: list[str], random: object) -> None:
     assert room == b"\xaa" + data + b"\xaa"
 
 
+def test_a_tuple_that_somebody_has_is_his() -> None:
+    """One that nobody has is filled again."""
+    pair = Struct("le16 a; le64 b")
+    kept = pair.unpack(pair.pack(1, 1 << 40))
+    in_a_set = {pair.unpack(pair.pack(2, 2 << 40))}
+    hashed = pair.unpack(pair.pack(3, 3 << 40))
+    hash(hashed)
+    del hashed
+    assert [pair.unpack(pair.pack(i, i << 40)) for i in range(4, 8)] == [(i, i << 40) for i in range(4, 8)]
+    a, b = pair.unpack(pair.pack(8, 8 << 40))
+    last = pair.unpack(pair.pack(9, 9 << 40))
+    assert (a, b, last, hash(last)) == (8, 8 << 40, (9, 9 << 40), hash((9, 9 << 40)))
+    assert (kept, in_a_set) == ((1, 1 << 40), {(2, 2 << 40)})
+
+
 def test_values_and_sizes_that_do_not_fit() -> None:
     one = Struct("u8 a; be16 b")
     for values in [(), (1,), (1, 2, 3)]:

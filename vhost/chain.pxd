@@ -7,10 +7,6 @@ from vhost._core cimport iovec, vhost_chain, virtqueue_fault
 from vhost.memory cimport GuestMemory
 
 
-cdef extern from "py_unique.h":
-    bint py_unique(PyObject *) noexcept
-
-
 cdef extern from *:
     """
     /* Most lengths are small integers; -1: not one of these. */

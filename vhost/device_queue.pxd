@@ -65,11 +65,11 @@ cdef class DeviceQueue(Origin):
     cdef int check_memory(self) except -1
     cdef int fail(self) except -1
     cdef int look_broken(self) except -1
-    cdef int must_be_ours(self, Chain chain) except -1
-    cdef void let_go(self, PyObject *chain) noexcept
+    cdef inline int must_be_ours(self, Chain chain) except -1
+    cdef inline void let_go(self, PyObject *chain) noexcept
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1
-    cdef int stage(self, Chain chain, int64_t written) except -1
-    cdef int give(self, Chain chain, object written, bint publish) except -1
+    cdef inline int stage(self, Chain chain, int64_t written) except -1
+    cdef inline int give(self, Chain chain, object written, bint publish) except -1
     cdef int mark(self, Chain chain, uint32_t written) except -1
     cdef int tell_log(self) except -1
     cdef int apply_log(self) except -1
@@ -77,4 +77,4 @@ cdef class DeviceQueue(Origin):
         self, base, bint packed, bint big_endian, vring_used *used
     ) except? 0xffffffff
     cdef int tell_driver(self) except -1
-    cdef int publish(self) except -1
+    cdef inline int publish(self) except -1

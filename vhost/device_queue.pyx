@@ -15,10 +15,11 @@ from libc.string cimport memmove, memset
 from vhost._core cimport *
 from vhost._iotlb cimport Iotlb
 from vhost._ring cimport check_num, fault_reason, find_areas, missing_areas, signal, tell
-from vhost.chain cimport Chain, Origin, chain_start, length_of, plain_length, py_unique
+from vhost.chain cimport Chain, Origin, chain_start, length_of, plain_length
 from vhost.dirty_log cimport DirtyLog
 from vhost.inflight cimport InflightRegion
 from vhost.memory cimport GuestMemory, memory_broken
+from vhost.py_unique cimport FREE_THREADED, py_unique
 
 from vhost.errors import InvalidLogAddress, InvalidQueue, QueueBroken
 
@@ -54,14 +55,7 @@ cdef extern from *:
     }
 
     #define handed_over(object) (object)
-
-    #ifdef Py_GIL_DISABLED
-    #define FREE_THREADED 1
-    #else
-    #define FREE_THREADED 0
-    #endif
     """
-    bint FREE_THREADED
     void take_references(PyObject *, Py_ssize_t) noexcept
     void drop_references(PyObject *, Py_ssize_t) noexcept
     object handed_over(PyObject *)  # a reference that was ours
@@ -340,7 +334,7 @@ cdef class DeviceQueue(Origin):
             self.vq.report.fault = VQ_OK
         return got
 
-    cdef Chain next_ahead(self):
+    cdef inline Chain next_ahead(self):
         # The first of those that are ahead.
         cdef PyObject *chain = self.ahead[self.ahead_next]
         self.ahead_next += 1
@@ -428,20 +422,20 @@ cdef class DeviceQueue(Origin):
 
     # ------------------------------------------------------------------ to the driver
 
-    cdef int must_be_ours(self, Chain chain) except -1:
+    cdef inline int must_be_ours(self, Chain chain) except -1:
         if unlikely(chain.queue != <PyObject *>self):
             self.must_be_open()
             chain.must_be_out()
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} was popped from another queue")
         return 0
 
-    cdef void let_go(self, PyObject *chain) noexcept:
+    cdef inline void let_go(self, PyObject *chain) noexcept:
         # It is not out any more. The caller holds another reference to this queue.
         (<Chain>chain).queue = NULL
         drop_references(<PyObject *>self, 1)
         self.keep(chain)
 
-    cdef int stage(self, Chain chain, int64_t written) except -1:
+    cdef inline int stage(self, Chain chain, int64_t written) except -1:
         cdef int rc
         if unlikely(self.closed):
             self.must_be_open()
@@ -457,7 +451,7 @@ cdef class DeviceQueue(Origin):
         self.let_go(<PyObject *>chain)
         return 0
 
-    cdef int give(self, Chain chain, object written, bint publish) except -1:
+    cdef inline int give(self, Chain chain, object written, bint publish) except -1:
         # The length may be an object whose __index__ does anything: before the look at whose the chain is.
         cdef int64_t length = 0 if written is None else length_of(written)
         with cython.critical_section(self, chain):
@@ -504,7 +498,7 @@ cdef class DeviceQueue(Origin):
             self.publish()
         return 0
 
-    cdef int publish(self) except -1:
+    cdef inline int publish(self) except -1:
         virtqueue_flush(&self.vq)
         if not self.draining:
             self.tell_driver()
@@ -817,7 +811,10 @@ cdef class Drain:
             # Empty, but what comes between that look and the re-arming makes no kick: look again. That
             # counts as a chain, lest an index that flickers keep us here.
             self.left -= 1
-            if not self.rearm or not virtqueue_enable_notification(&queue.vq):
+            if not self.rearm:
+                break
+            if not virtqueue_enable_notification(&queue.vq):
+                self.rearm = False
                 break
             virtqueue_disable_notification(&queue.vq)
             queue.found_end = False

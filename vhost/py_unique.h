@@ -7,6 +7,12 @@
 
 #include <Python.h>
 
+#ifdef Py_GIL_DISABLED
+#define FREE_THREADED 1
+#else
+#define FREE_THREADED 0
+#endif
+
 /* The caller's reference is the only one, and none can appear while it looks. */
 static inline int py_unique(PyObject *object)
 {
@@ -19,6 +25,17 @@ static inline int py_unique(PyObject *object)
 #else
 	return Py_REFCNT(object) == 1;
 #endif
+}
+
+/* A tuple that nobody else has may be filled again, as zip() does with its own. */
+static inline int py_unique_tuple(PyObject *tuple)
+{
+	if (!py_unique(tuple))
+		return 0;
+#if PY_VERSION_HEX >= 0x030e0000
+	((PyTupleObject *)tuple)->ob_hash = -1; /* of the old values */
+#endif
+	return 1;
 }
 
 #endif

@@ -22,6 +22,7 @@ cdef class Struct:
     cdef readonly uint32_t size
     cdef readonly tuple fields
     cdef str text
+    cdef tuple last  # what load() gave, to be filled again once it is free
 
     cdef tuple load(self, const void *at)
     cdef int store(self, uint8_t *to, tuple values) except -1

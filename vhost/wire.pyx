@@ -10,14 +10,19 @@ import sys
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from vhost.py_unique cimport FREE_THREADED, py_unique_tuple
 
 __all__ = ["Struct"]
 
 cdef extern from "Python.h":
     object PyNumber_Index(object)
+    void Py_XDECREF(PyObject *)
+    PyObject *PyTuple_GET_ITEM(PyObject *, Py_ssize_t)  # borrowed
     uint64_t PyLong_AsUnsignedLongLong(object) except? <uint64_t>-1
 
 cdef object MEMBER = re.compile(r"(?:(le|be)(16|32|64)|u8)\s+([A-Za-z_]\w*)")
@@ -53,14 +58,24 @@ cdef class Struct:
         self.text = members
 
     cdef tuple load(self, const void *at):
-        # `at` may be guest memory: nothing is looked at twice.
-        cdef tuple values = PyTuple_New(self.count)
+        # `at` may be guest memory: nothing is looked at twice. The last tuple is free again as a rule: what is
+        # unpacked is mostly given names at once.
+        cdef tuple values
+        cdef PyObject *old
         cdef uint32_t i
         cdef object value
+        if py_unique_tuple(<PyObject *>self.last):
+            values = self.last
+        else:
+            values = PyTuple_New(self.count)
+            if not FREE_THREADED:  # where nobody else can be here with the same one
+                self.last = values
         for i in range(self.count):
             value = wire_load(at, self.layout[i])
+            old = PyTuple_GET_ITEM(<PyObject *>values, i)
             Py_INCREF(value)  # SET_ITEM takes one over
             PyTuple_SET_ITEM(values, i, value)
+            Py_XDECREF(old)
         return values
 
     cdef int store(self, uint8_t *to, tuple values) except -1:
