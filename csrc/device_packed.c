@@ -352,6 +352,15 @@ void packed_flush(struct virtqueue *vq)
 	device_flushed(vq, vq->staged_slots);
 }
 
+int packed_push(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	int rc = device_fill(vq, id, written, packed_stage);
+
+	if (likely(!rc))
+		packed_flush(vq);
+	return rc;
+}
+
 bool packed_should_notify(struct virtqueue *vq)
 {
 	uint32_t count = vq->unsignalled;

@@ -286,6 +286,15 @@ void split_flush(struct virtqueue *vq)
 	device_flushed(vq, count);
 }
 
+int split_push(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	int rc = device_fill(vq, id, written, split_stage);
+
+	if (likely(!rc))
+		split_flush(vq);
+	return rc;
+}
+
 bool split_should_notify(struct virtqueue *vq)
 {
 	uint32_t count = vq->unsignalled;

@@ -13,6 +13,7 @@
 #define split_fill swapped_fill
 #define split_fill_batch swapped_fill_batch
 #define split_flush swapped_flush
+#define split_push swapped_push
 #define split_should_notify swapped_should_notify
 #define split_disable_notification swapped_disable_notification
 #define split_enable_notification swapped_enable_notification

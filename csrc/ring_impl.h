@@ -18,6 +18,7 @@
 	unsigned format##_fill_batch(struct virtqueue *vq, const struct virtqueue_used *used,      \
 				     unsigned n);                                                  \
 	void format##_flush(struct virtqueue *vq);                                                 \
+	int format##_push(struct virtqueue *vq, uint16_t id, uint32_t written);                    \
 	bool format##_should_notify(struct virtqueue *vq);                                         \
 	void format##_disable_notification(struct virtqueue *vq);                                  \
 	bool format##_enable_notification(struct virtqueue *vq);                                   \

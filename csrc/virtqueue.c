@@ -222,6 +222,18 @@ void virtqueue_flush(struct virtqueue *vq)
 		FORMAT(vq, flush)(vq);
 }
 
+int virtqueue_push(struct virtqueue *vq, uint16_t id, uint32_t written)
+{
+	int rc;
+
+	if (!is_away(vq))
+		return FORMAT(vq, push)(vq, id, written);
+	rc = virtqueue_fill(vq, id, written);
+	if (!rc)
+		ring_shadow_flush(vq);
+	return rc;
+}
+
 bool virtqueue_should_notify(struct virtqueue *vq)
 {
 	/* What was published before is decided on once the driver's wish can be read. */

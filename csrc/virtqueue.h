@@ -206,14 +206,8 @@ unsigned virtqueue_fill_batch(struct virtqueue *vq, const struct virtqueue_used 
 /* Publish what is staged. */
 void virtqueue_flush(struct virtqueue *vq);
 
-static inline int virtqueue_push(struct virtqueue *vq, uint16_t id, uint32_t written)
-{
-	int rc = virtqueue_fill(vq, id, written);
-
-	if (!rc)
-		virtqueue_flush(vq);
-	return rc;
-}
+/* virtqueue_fill, and virtqueue_flush if that succeeds. */
+int virtqueue_push(struct virtqueue *vq, uint16_t id, uint32_t written);
 
 /* Must the driver be signalled for what was published since the last call? */
 bool virtqueue_should_notify(struct virtqueue *vq);
