@@ -8,6 +8,9 @@
 #ifdef VHOST_LIBURING
 #include <liburing.h>
 #include <sys/uio.h>
+#include <unistd.h>
+
+#define BLK_URING_LOOK_US 1000
 
 #ifndef UIO_MAXIOV
 #define UIO_MAXIOV 1024
@@ -179,9 +182,14 @@ void blk_uring_wake(struct blk_uring *u, bool wanted)
 void blk_uring_wait(struct blk_uring *u)
 {
 	struct io_uring_cqe *cqe;
+	int rc;
 
-	while (io_uring_wait_cqe(&u->ring, &cqe) == -EINTR)
-		;
+	do
+		rc = io_uring_wait_cqe(&u->ring, &cqe);
+	while (rc == -EINTR);
+	/* A sandbox that forbids it from now on does not end what is under way: we look again, but not all the time. */
+	if (unlikely(rc))
+		usleep(BLK_URING_LOOK_US);
 }
 
 #else

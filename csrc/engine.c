@@ -255,7 +255,7 @@ int engine_attach(struct engine *e, unsigned worker, struct engine_queue *q,
 		return -ESRCH;
 	q->vq = cfg->vq;
 	q->ops = cfg->ops;
-	q->owner = cfg->owner;
+	q->owner = cfg->owner ? cfg->owner : e;
 	/* Whoever had it before may have been taken off it at work, with notifications off: a queue that
 	 * is empty at the first look would then never be kicked for. */
 	q->armed = false;

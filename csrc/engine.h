@@ -49,7 +49,7 @@ struct engine_queue {
 	int kick;
 	int source; /* something else that there may be work for the queue from; waited for as a kick is */
 	struct virtqueue_call call;
-	const struct engine *owner; /* whose notice tells of it; NULL: its worker's */
+	const struct engine *owner; /* whose notice tells of it */
 	/* The worker's own. */
 	bool armed; /* the driver was asked to kick */
 	bool failed;
@@ -154,14 +154,14 @@ static inline bool engine_changes(const struct engine_worker *w)
 	return __atomic_load_n(&w->changed, __ATOMIC_RELAXED);
 }
 
-/* Up to n chains, at most ENGINE_BATCH, into those of the worker: how many; -1: the queue broke. */
-int engine_pop(struct engine_worker *w, struct engine_queue *q, struct vhost_chain **batch, unsigned n);
+/* Up to n chains: how many; -1: the queue broke. */
+int engine_pop(struct engine_queue *q, struct vhost_chain **batch, unsigned n);
 
 /* Makes visible what was filled, and tells the driver if it wants to know. */
 void engine_publish(struct engine_queue *q);
 
 /* The queue broke (vq->report): it is served no more, and its owner is told. */
-void engine_fail(struct engine_worker *w, struct engine_queue *q);
+void engine_fail(struct engine_queue *q);
 
 /* arm and has_work of a queue whose work is what its driver makes available. */
 bool engine_arm(struct engine_queue *q);

@@ -250,7 +250,7 @@ static bool serve(struct engine_worker *w, struct engine_queue *eq)
 	if (came)
 		room = q->depth - q->first;
 	if (room)
-		n = engine_pop(w, eq, &q->chains[q->first], room < ENGINE_BATCH ? room : ENGINE_BATCH);
+		n = engine_pop(eq, &q->chains[q->first], room < ENGINE_BATCH ? room : ENGINE_BATCH);
 	if (n > 0)
 		ok = run(w, q, n);
 	if (!n && !came)
@@ -265,7 +265,7 @@ static bool serve(struct engine_worker *w, struct engine_queue *eq)
 	eq->busy = q->in_flight;
 	if (unlikely(n < 0 || !ok)) {
 		settle(eq); /* what came before is answered */
-		engine_fail(w, eq);
+		engine_fail(eq);
 		return false;
 	}
 	return true;

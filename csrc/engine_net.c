@@ -39,10 +39,10 @@ static bool serve_transmit(struct engine_worker *w, struct engine_queue *q)
 
 	for (i = 0; i < (int)ENGINE_BATCH; i++)
 		batch[i] = &w->chains[i];
-	n = engine_pop(w, q, batch, ENGINE_BATCH);
+	n = engine_pop(q, batch, ENGINE_BATCH);
 	if (n <= 0) {
 		if (unlikely(n < 0))
-			engine_fail(w, q);
+			engine_fail(q);
 		return false;
 	}
 	for (i = 0; i < n; i++) {
@@ -51,7 +51,7 @@ static bool serve_transmit(struct engine_worker *w, struct engine_queue *q)
 	}
 	count = take_frames(p, batch, (unsigned)n, frames);
 	if (likely(count))
-		p->wire->send(w, p, frames, count);
+		p->wire->send(p, frames, count);
 	/* Cannot fail: the chains are out, and nothing was written. */
 	virtqueue_fill_batch(q->vq, used, (unsigned)n);
 	engine_publish(q);
@@ -79,9 +79,10 @@ static bool serve_receive(struct engine_worker *w, struct engine_queue *q)
 	struct net_pair *p = pair_of(q);
 	bool busy;
 
+	(void)w;
 	if (!p->wire->receive || !p->rx.queue || p->rx.stuck || (p->rx.starved && !virtqueue_has_work(q->vq)))
 		return false;
-	busy = p->wire->receive(w, p);
+	busy = p->wire->receive(p);
 	if (p->rx.starved)
 		q->armed = false; /* a kick is wanted from here on, and was not before */
 	return busy;
@@ -128,7 +129,7 @@ void net_queue_deliver(struct net_queue *q, const void *frame, uint32_t len)
 	struct net_frame f = { .len = len, .num = 1, .iov = &iov };
 
 	engine_hold(&q->engine);
-	net_receiver_deliver(q->engine.worker, &q->pair->rx, &f, 1);
+	net_receiver_deliver(&q->pair->rx, &f, 1);
 	net_receiver_settle(&q->pair->rx);
 	/* To look at the ring ended what its worker had asked of the driver. */
 	engine_release(&q->engine, true);

@@ -38,9 +38,9 @@ static void tell_log(struct engine_queue *q)
 		eventfd_signal(q->vq->log->fd);
 }
 
-static void tell_owner(struct engine_worker *w, struct engine_queue *q)
+static void tell_owner(struct engine_queue *q)
 {
-	eventfd_signal(engine_notice(q->owner ? q->owner : w->engine));
+	eventfd_signal(engine_notice(q->owner));
 }
 
 void engine_publish(struct engine_queue *q)
@@ -51,13 +51,13 @@ void engine_publish(struct engine_queue *q)
 	tell_log(q);
 }
 
-int engine_pop(struct engine_worker *w, struct engine_queue *q, struct vhost_chain **batch, unsigned n)
+int engine_pop(struct engine_queue *q, struct vhost_chain **batch, unsigned n)
 {
 	int got = virtqueue_pop_batch(q->vq, batch, n);
 
 	if (!got && unlikely(q->vq->report.fault) && !q->missed) {
 		q->missed = true;
-		tell_owner(w, q);
+		tell_owner(q);
 	}
 	if (q->armed && got > 0) {
 		virtqueue_disable_notification(q->vq);
@@ -66,10 +66,10 @@ int engine_pop(struct engine_worker *w, struct engine_queue *q, struct vhost_cha
 	return got;
 }
 
-void engine_fail(struct engine_worker *w, struct engine_queue *q)
+void engine_fail(struct engine_queue *q)
 {
 	q->failed = true;
-	tell_owner(w, q);
+	tell_owner(q);
 }
 
 bool engine_arm(struct engine_queue *q)
@@ -268,7 +268,7 @@ static void look_for_repairs(struct engine_worker *w)
 		return;
 	w->repairs = repairs;
 	for (q = w->queues; q; q = q->next)
-		tell_owner(w, q);
+		tell_owner(q);
 }
 
 void *engine_worker_main(void *arg)

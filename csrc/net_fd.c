@@ -52,13 +52,12 @@ static bool write_frame(const struct net_input *in, const struct net_header *hea
 	return done >= 0;
 }
 
-static void send_to_fd(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n)
+static void send_to_fd(struct net_pair *p, struct net_frame *frames, unsigned n)
 {
 	/* Behind a socket is somebody who is told of nothing that is left to him. */
 	static const struct net_offloads none, all = { .csum = true, .gso = 0xff };
 	const struct net_offloads *able = p->input->socket ? &none : &all;
 
-	(void)w;
 	for (unsigned i = 0; i < n; i++) {
 		struct net_frame *f = &frames[i];
 		struct iovec whole = { p->scratch, f->len };
@@ -165,7 +164,7 @@ static bool is_outdated(const struct net_pair *p)
 	return now->csum != then->csum || now->gso != then->gso;
 }
 
-static bool receive_from_fd(struct engine_worker *w, struct net_pair *p)
+static bool receive_from_fd(struct net_pair *p)
 {
 	struct net_receiver *r = &p->rx;
 	struct net_input *in = p->input;
@@ -180,7 +179,7 @@ static bool receive_from_fd(struct engine_worker *w, struct net_pair *p)
 		return false;
 	if (in->at == in->n && !fill(p))
 		return false;
-	done = net_receiver_put(w, r, in->frames + in->at, in->n - in->at);
+	done = net_receiver_put(r, in->frames + in->at, in->n - in->at);
 	in->at += done;
 	return done || in->at == in->n; /* that none of what came was a frame is progress, too */
 }

@@ -60,7 +60,7 @@ void net_receiver_close(struct net_receiver *r)
 	r->queue = NULL;
 }
 
-uint32_t net_receiver_fetch(struct engine_worker *w, struct net_receiver *r, uint32_t want)
+uint32_t net_receiver_fetch(struct net_receiver *r, uint32_t want)
 {
 	uint32_t have = net_receiver_ahead(r);
 
@@ -76,9 +76,9 @@ uint32_t net_receiver_fetch(struct engine_worker *w, struct net_receiver *r, uin
 			n = NET_BUFFERS_MAX - from;
 		while (unlikely(r->made < from + n))
 			vhost_chain_init(&r->chains[r->made++]);
-		got = engine_pop(w, r->queue, &r->at[from], n);
+		got = engine_pop(r->queue, &r->at[from], n);
 		if (unlikely(got < 0))
-			engine_fail(w, r->queue);
+			engine_fail(r->queue);
 		if (got <= 0)
 			break;
 		/* No prefetch of their memory: none that was tried measured faster than to write at once. */
@@ -116,9 +116,9 @@ void net_receiver_used(struct net_receiver *r, uint32_t n, uint32_t len)
 }
 
 /* 5.1.6.3.1: no buffer is smaller than the header. */
-static void give_back_useless(struct engine_worker *w, struct net_receiver *r)
+static void give_back_useless(struct net_receiver *r)
 {
-	while (net_receiver_fetch(w, r, 1)) {
+	while (net_receiver_fetch(r, 1)) {
 		const struct vhost_chain *c = net_receiver_buffer(r, 0);
 
 		if (likely(c->in_len >= r->hdr_len))
@@ -139,19 +139,19 @@ static bool has_all_there_can_be(const struct net_receiver *r, uint32_t n)
 	return slots >= r->queue->vq->num;
 }
 
-uint32_t net_receiver_room(struct engine_worker *w, struct net_receiver *r, uint32_t len, enum net_drop *why)
+uint32_t net_receiver_room(struct net_receiver *r, uint32_t len, enum net_drop *why)
 {
 	uint64_t room = 0;
 	uint32_t n = 0;
 
 	*why = NET_DROP_NO_BUFFER;
-	give_back_useless(w, r);
+	give_back_useless(r);
 	while (room < (uint64_t)r->hdr_len + len) {
 		if (n && (!r->mergeable || n == NET_BUFFERS_MAX)) {
 			*why = NET_DROP_NO_ROOM;
 			return 0;
 		}
-		if (net_receiver_fetch(w, r, n + 1) <= n) {
+		if (net_receiver_fetch(r, n + 1) <= n) {
 			if (has_all_there_can_be(r, n))
 				*why = NET_DROP_NO_ROOM;
 			else
@@ -197,7 +197,7 @@ static void put(struct cursor *at, const void *from, size_t n)
 }
 
 /* Any frame, into any buffers. */
-static enum net_drop deliver_any(struct engine_worker *w, struct net_receiver *r, const struct net_frame *f)
+static enum net_drop deliver_any(struct net_receiver *r, const struct net_frame *f)
 {
 	struct net_header header = f->header;
 	struct cursor at = { .r = r };
@@ -206,7 +206,7 @@ static enum net_drop deliver_any(struct engine_worker *w, struct net_receiver *r
 
 	if (f->len > r->longest && !f->header.gso_type)
 		return NET_DROP_MTU;
-	n = net_receiver_room(w, r, f->len, &why);
+	n = net_receiver_room(r, f->len, &why);
 	if (!n)
 		return why;
 	at.c = net_receiver_buffer(r, 0);
@@ -260,7 +260,7 @@ static unsigned deliver_simple(struct net_receiver *r, const struct net_frame *f
 	return i;
 }
 
-unsigned net_receiver_put(struct engine_worker *w, struct net_receiver *r, const struct net_frame *frames, unsigned n)
+unsigned net_receiver_put(struct net_receiver *r, const struct net_frame *frames, unsigned n)
 {
 	unsigned done = 0;
 
@@ -269,14 +269,14 @@ unsigned net_receiver_put(struct engine_worker *w, struct net_receiver *r, const
 		enum net_drop why;
 
 		if (likely(!r->queue->vq->log)) {
-			uint32_t have = net_receiver_fetch(w, r, most);
+			uint32_t have = net_receiver_fetch(r, most);
 
 			simple = deliver_simple(r, frames + done, have < most ? have : most);
 		}
 		done += simple;
 		if (simple == most || !net_receiver_is_open(r))
 			continue;
-		why = deliver_any(w, r, &frames[done]);
+		why = deliver_any(r, &frames[done]);
 		if (unlikely(why)) {
 			if (why == NET_DROP_NO_BUFFER)
 				break;
@@ -291,10 +291,9 @@ unsigned net_receiver_put(struct engine_worker *w, struct net_receiver *r, const
 	return done;
 }
 
-void net_receiver_deliver(struct engine_worker *w, struct net_receiver *r, const struct net_frame *frames,
-			  unsigned n)
+void net_receiver_deliver(struct net_receiver *r, const struct net_frame *frames, unsigned n)
 {
-	unsigned done = net_receiver_put(w, r, frames, n);
+	unsigned done = net_receiver_put(r, frames, n);
 
 	if (unlikely(done < n))
 		net_count(&r->counters->dropped[net_receiver_is_open(r) ? NET_DROP_NO_BUFFER : NET_DROP_STOPPED],

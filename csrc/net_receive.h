@@ -49,7 +49,7 @@ static inline bool net_receiver_is_open(const struct net_receiver *r)
 }
 
 /* Takes more buffers, so that there are `want` if the ring has as many: how many there are. */
-uint32_t net_receiver_fetch(struct engine_worker *w, struct net_receiver *r, uint32_t want);
+uint32_t net_receiver_fetch(struct net_receiver *r, uint32_t want);
 
 static inline uint32_t net_receiver_ahead(const struct net_receiver *r)
 {
@@ -67,17 +67,16 @@ void net_receiver_used(struct net_receiver *r, uint32_t n, uint32_t len);
 
 /* How many buffers the next frame of this length takes, header included, if there are so many: as many as that;
  * 0: there are too few, or they are too small (*why). Buffers that can hold no header are given back. */
-uint32_t net_receiver_room(struct engine_worker *w, struct net_receiver *r, uint32_t len, enum net_drop *why);
+uint32_t net_receiver_room(struct net_receiver *r, uint32_t len, enum net_drop *why);
 
 /*
  * Copies frames to the driver, and publishes them. What each leaves to the receiver, the driver must be able
  * to do. How many are done with: one that no buffers of this driver hold is dropped, and counted. For the next
  * there are too few buffers, or there is no queue.
  */
-unsigned net_receiver_put(struct engine_worker *w, struct net_receiver *r, const struct net_frame *frames, unsigned n);
+unsigned net_receiver_put(struct net_receiver *r, const struct net_frame *frames, unsigned n);
 
 /* The same, and what is left is dropped, too. */
-void net_receiver_deliver(struct engine_worker *w, struct net_receiver *r, const struct net_frame *frames,
-			  unsigned n);
+void net_receiver_deliver(struct net_receiver *r, const struct net_frame *frames, unsigned n);
 
 #endif

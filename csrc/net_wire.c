@@ -29,9 +29,8 @@ void net_pair_destroy(struct net_pair *p)
 
 /* ------------------------------------------------------------------ nowhere */
 
-static void drop(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n)
+static void drop(struct net_pair *p, struct net_frame *frames, unsigned n)
 {
-	(void)w;
 	(void)p;
 	(void)frames;
 	(void)n;
@@ -54,7 +53,7 @@ static struct net_receiver *receiver_of(const struct net_pair *p)
 	return &first->rx;
 }
 
-static void deliver_segments(struct engine_worker *w, struct net_pair *p, struct net_receiver *r,
+static void deliver_segments(struct net_pair *p, struct net_receiver *r,
 			     const struct net_frame *whole)
 {
 	uint8_t headers[ENGINE_BATCH][NET_SEGMENT_HDR];
@@ -72,24 +71,24 @@ static void deliver_segments(struct engine_worker *w, struct net_pair *p, struct
 		do {
 			for (n = 0; n < ENGINE_BATCH && net_segments_next(&s, headers[n], &frames[n], iov[n]); n++)
 				;
-			net_receiver_deliver(w, r, frames, n);
+			net_receiver_deliver(r, frames, n);
 		} while (n == ENGINE_BATCH);
 }
 
 /* One that the receiver cannot take as it is. */
-static void deliver_fitted(struct engine_worker *w, struct net_pair *p, struct net_receiver *r, struct net_frame *f)
+static void deliver_fitted(struct net_pair *p, struct net_receiver *r, struct net_frame *f)
 {
 	struct iovec iov;
 
 	if (f->header.gso_type) {
-		deliver_segments(w, p, r, f);
+		deliver_segments(p, r, f);
 		return;
 	}
 	net_frame_fit(f, p->scratch, &iov);
-	net_receiver_deliver(w, r, f, 1);
+	net_receiver_deliver(r, f, 1);
 }
 
-static void send_to_peer(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n)
+static void send_to_peer(struct net_pair *p, struct net_frame *frames, unsigned n)
 {
 	struct net_receiver *r = receiver_of(p);
 	unsigned start = 0, i;
@@ -98,29 +97,29 @@ static void send_to_peer(struct engine_worker *w, struct net_pair *p, struct net
 	for (i = 0; i < n && net_receiver_is_open(r); i++) {
 		if (likely(net_frame_fits(&frames[i], &r->offloads)))
 			continue;
-		net_receiver_deliver(w, r, frames + start, i - start);
-		deliver_fitted(w, p, r, &frames[i]);
+		net_receiver_deliver(r, frames + start, i - start);
+		deliver_fitted(p, r, &frames[i]);
 		start = i + 1;
 	}
-	net_receiver_deliver(w, r, frames + start, n - start);
+	net_receiver_deliver(r, frames + start, n - start);
 }
 
 const struct net_wire_ops net_wire_peer = { .send = send_to_peer };
 
 /* ------------------------------------------------------------------ a source */
 
-static bool receive_source(struct engine_worker *w, struct net_pair *p)
+static bool receive_source(struct net_pair *p)
 {
 	struct iovec iov = { (void *)p->source, p->source_len };
 	struct net_frame frames[ENGINE_BATCH];
 	uint64_t before = p->counters.rx_frames;
-	unsigned n = net_receiver_fetch(w, &p->rx, ENGINE_BATCH), done, i;
+	unsigned n = net_receiver_fetch(&p->rx, ENGINE_BATCH), done, i;
 
 	if (n > ENGINE_BATCH)
 		n = ENGINE_BATCH;
 	for (i = 0; i < n; i++)
 		frames[i] = (struct net_frame){ .len = p->source_len, .num = 1, .iov = &iov };
-	done = net_receiver_put(w, &p->rx, frames, n);
+	done = net_receiver_put(&p->rx, frames, n);
 	p->rx.starved = p->counters.rx_frames == before;
 	/* It was dropped. Buffers that are there and hold no frame do not grow by trying again, and those in front
 	 * stay there. */

@@ -14,10 +14,10 @@ struct net_pair;
 
 struct net_wire_ops {
 	/* Frames that the driver sent, at most ENGINE_BATCH; they were checked, and may be changed. */
-	void (*send)(struct engine_worker *w, struct net_pair *p, struct net_frame *frames, unsigned n);
+	void (*send)(struct net_pair *p, struct net_frame *frames, unsigned n);
 	/* Gives the driver a batch, if there are frames, and a receive queue: true if there was work. NULL: they
 	 * only come from others. */
-	bool (*receive)(struct engine_worker *w, struct net_pair *p);
+	bool (*receive)(struct net_pair *p);
 };
 
 struct net_pair {

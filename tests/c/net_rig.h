@@ -22,12 +22,13 @@ struct net_rig {
 	struct net_queue txq, rxq;
 };
 
-static inline void net_rig_attach(struct net_queue *q, struct rig *r, struct net_pair *p, const struct engine_ops *ops)
+static inline void net_rig_attach(struct net_rig *n, struct net_queue *q, struct rig *r, const struct engine_ops *ops)
 {
 	memset(q, 0, sizeof(*q));
-	q->pair = p;
+	q->pair = &n->pair;
 	q->engine.vq = &r->vq;
 	q->engine.ops = ops;
+	q->engine.owner = &n->engine;
 	q->engine.kick = q->engine.source = q->engine.call.fd = -1;
 }
 
@@ -47,8 +48,8 @@ static inline void net_rig_init(struct net_rig *n, struct options o)
 	n->pair.rx.hdr_len = HDR;
 	n->pair.rx.longest = 1518;
 	n->pair.rx.mergeable = true;
-	net_rig_attach(&n->txq, &n->tx, &n->pair, &net_transmit_ops);
-	net_rig_attach(&n->rxq, &n->rx, &n->pair, &net_receive_ops);
+	net_rig_attach(n, &n->txq, &n->tx, &net_transmit_ops);
+	net_rig_attach(n, &n->rxq, &n->rx, &net_receive_ops);
 	net_receive_ops.begin(&n->rxq.engine);
 }
 

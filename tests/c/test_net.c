@@ -472,7 +472,7 @@ static void test_a_frame_that_lies_in_its_buffer(void)
 			iov = (struct iovec){ ram(&n.rx, RX + HDR + 8), sizeof(want) };
 			make_frame(want, (struct net_header){ 0 }, 0, sizeof(want));
 			put_ram(&n.rx, RX + HDR + 8, want, sizeof(want));
-			CHECK_EQ(net_receiver_put(n.worker, &n.pair.rx, &f, 1), 1);
+			CHECK_EQ(net_receiver_put(&n.pair.rx, &f, 1), 1);
 			expect_used(&n.rx, rx, HDR + sizeof(want));
 			get_ram(&n.rx, RX + HDR, got, sizeof(got));
 			CHECK(!memcmp(got, want, sizeof(got)));
