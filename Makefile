@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.[ch] vhost/*.pyx vhost/*.pxd vhost/*/*.pyx vhost/*/*.pxd)
 
-.PHONY: all demo test test-c test-asan test-tsan test-free-threaded test-peers test-guest test-unit peers bench lint wheel clean system
+.PHONY: all demo test test-c test-asan test-tsan free-threaded test-free-threaded test-peers test-guest test-unit peers bench lint wheel clean system
 all: $(VENV)/built
 
 # Python's headers and ensurepip are packages of their own on Debian. liburing is wanted, not needed.
@@ -45,8 +45,8 @@ demo: $(VENV)/built
 peers:
 	$(PYTHON) tests/install_peers.py
 
-test: $(VENV)/tools peers test-c test-asan test-tsan
-	$(BIN)/pytest $(PYTEST_ARGS)
+# In this order, for they may run side by side (make -j2 test): what takes longest comes first.
+test: test-c test-asan test-tsan test-guest test-peers test-unit
 
 test-unit: $(VENV)/tools
 	$(BIN)/pytest -m 'not peer and not guest' $(PYTEST_ARGS)
@@ -59,9 +59,11 @@ test-guest: $(VENV)/tools peers
 
 # All that needs no other program, by an interpreter without the lock, which is built for it.
 FREE_THREADED := .venv-free-threaded
-test-free-threaded:
+free-threaded:
 	$(PYTHON) tests/install_peers.py --free-threaded
 	$(MAKE) VENV=$(FREE_THREADED) PYTHON=$(or $(PYVHOST_CACHE),.cache)/python-free-threaded/bin/python3 $(FREE_THREADED)/tested
+
+test-free-threaded: free-threaded
 	PYTHON_GIL=0 $(FREE_THREADED)/bin/pytest -m 'not peer and not guest' $(PYTEST_ARGS) \
 	    --ignore tests/test_packaging.py tests/test_*.py tests/devices tests/drivers
 
