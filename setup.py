@@ -127,6 +127,7 @@ setup(
             extension("vhost.dirty_log"),
             extension("vhost.inflight"),
             extension("vhost.shmem"),
+            extension("vhost._device_ring"),
             extension("vhost.device_queue"),
             extension("vhost.driver_queue"),
             extension("vhost.user._userfault", "csrc/userfault.c"),

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent / "vhost"
 # What a module may import of this package, by longest matching prefix. A prefix names itself and all
 # below it; "vhost.devices*" would be the same as "vhost.devices".
 LOWEST = ("vhost.errors", "vhost.features")
-RINGS = (
+UNDER_QUEUES = (
     *LOWEST,
+    "vhost.py_refs",
     "vhost.wire",
     "vhost._core",
     "vhost.dirty_log",
@@ -29,10 +30,16 @@ RINGS = (
     "vhost._iotlb",
     "vhost.iotlb",
     "vhost.memory",
-    "vhost.virtqueue",
     "vhost.chain",
+)
+RINGS = (
+    *UNDER_QUEUES,
+    "vhost._chain_pool",
+    "vhost._look_ahead",
+    "vhost._device_ring",
     "vhost.device_queue",
     "vhost.driver_queue",
+    "vhost.virtqueue",
 )
 # Each knows those before it.
 PROTOCOL_FILES = ("payloads", "gpu_payloads", "spec", "gpu_messages", "messages", "session")
@@ -52,7 +59,8 @@ ANYTHING = ("vhost",)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.errors": (),
     "vhost.features": (),
-    "vhost.wire": (),
+    "vhost.py_refs": (),
+    "vhost.wire": ("vhost.py_refs",),
     "vhost.iotlb": (),
     "vhost._iotlb": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost._core": (),
@@ -62,6 +70,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.inflight": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.shmem": (*LOWEST, "vhost._core"),
     "vhost.chain": RINGS,
+    "vhost._chain_pool": ("vhost.py_refs", "vhost.memory", "vhost.chain"),
+    "vhost._look_ahead": ("vhost.py_refs", "vhost._core", "vhost.memory", "vhost.chain", "vhost._chain_pool"),
+    "vhost._device_ring": UNDER_QUEUES,
     "vhost.device_queue": RINGS,
     "vhost.driver_queue": RINGS,
     "vhost.virtqueue": RINGS,

@@ -66,7 +66,7 @@ cdef struct chain_use:
     uint32_t consumed  # bytes behind `reader`
     uint32_t written   # and behind `writer`
     uint32_t touched   # end of what may have been written otherwise, for the dirty log
-    uint16_t found_busy     # see DeviceQueue's pool
+    uint16_t found_busy     # see _chain_pool.pxd
     uint8_t readable_made   # readable_buffers are of this chain
     uint8_t writable_made
 

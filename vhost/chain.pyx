@@ -30,7 +30,7 @@ from vhost._core cimport (
     virtqueue_fault,
 )
 from vhost.memory cimport GuestMemory
-from vhost.py_unique cimport py_unique
+from vhost.py_refs cimport py_unique
 from vhost.wire cimport WIRE_SIZE_MAX, Struct
 
 from vhost.errors import InvalidQueue

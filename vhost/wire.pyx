@@ -15,7 +15,7 @@ from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from vhost.py_unique cimport FREE_THREADED, py_unique_tuple
+from vhost.py_refs cimport FREE_THREADED, py_unique_tuple
 
 __all__ = ["Struct"]
 

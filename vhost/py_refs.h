@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * Whether an object may be used again: knows how each build of CPython counts references, and nothing else.
+ * References, counted by hand where that is worth it, and whether an object may be used again: knows how each
+ * build of CPython counts, and nothing else.
  */
-#ifndef VHOST_PY_UNIQUE_H
-#define VHOST_PY_UNIQUE_H
+#ifndef VHOST_PY_REFS_H
+#define VHOST_PY_REFS_H
 
 #include <Python.h>
 
@@ -37,5 +38,30 @@ static inline int py_unique_tuple(PyObject *tuple)
 #endif
 	return 1;
 }
+
+/* n references at once. */
+static inline void take_references(PyObject *object, Py_ssize_t n)
+{
+#if defined(Py_GIL_DISABLED) || defined(Py_REF_DEBUG)
+	while (n--)
+		Py_INCREF(object);
+#else
+	Py_SET_REFCNT(object, Py_REFCNT(object) + n);
+#endif
+}
+
+/* The caller holds another one. */
+static inline void drop_references(PyObject *object, Py_ssize_t n)
+{
+#if defined(Py_GIL_DISABLED) || defined(Py_REF_DEBUG)
+	while (n--)
+		Py_DECREF(object);
+#else
+	Py_SET_REFCNT(object, Py_REFCNT(object) - n);
+#endif
+}
+
+/* For Cython: from here on it counts this reference, which was the caller's. */
+#define handed_over(object) (object)
 
 #endif
