@@ -18,8 +18,8 @@ cdef class DeviceQueue(DeviceRing):
     cdef inline int must_be_ours(self, Chain chain) except -1
     cdef inline void let_go(self, PyObject *chain) noexcept
     cdef inline void keep(self, PyObject *chain) noexcept
-    cdef inline int stage(self, Chain chain, int64_t written) except -1
+    cdef inline int stage(self, Chain chain, int64_t written, bint publish) except -1
     cdef inline int give(self, Chain chain, object written, bint publish) except -1
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1
-    cdef inline int publish(self) except -1
+    cdef inline int published(self) except -1
     cdef int mark(self, Chain chain, uint32_t written) except -1

@@ -165,7 +165,7 @@ cdef class DeviceQueue(DeviceRing):
         if (<Chain>chain).memory is self.memory:
             pool_keep(&self.pool, chain)
 
-    cdef inline int stage(self, Chain chain, int64_t written) except -1:
+    cdef inline int stage(self, Chain chain, int64_t written, bint publish) except -1:
         cdef int rc
         if unlikely(self.closed):
             self.must_be_open()
@@ -176,10 +176,15 @@ cdef class DeviceQueue(DeviceRing):
             )
         if unlikely(self.vq.log != NULL):
             self.mark(chain, <uint32_t>written)
-        rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>written)
+        if publish:
+            rc = virtqueue_push(&self.vq, chain.c.id, <uint32_t>written)
+        else:
+            rc = virtqueue_fill(&self.vq, chain.c.id, <uint32_t>written)
         if rc:
             raise InvalidQueue(f"{self.name}: chain {chain.c.id} cannot be given back (error {-rc})")
         self.let_go(<PyObject *>chain)
+        if publish:
+            self.published()
         return 0
 
     cdef inline int give(self, Chain chain, object written, bint publish) except -1:
@@ -187,9 +192,7 @@ cdef class DeviceQueue(DeviceRing):
         cdef int64_t length = 0 if written is None else length_of(written)
         with cython.critical_section(self, chain):
             self.must_be_ours(chain)
-            self.stage(chain, chain.use.written if written is None else length)
-            if publish:
-                self.publish()
+            self.stage(chain, chain.use.written if written is None else length, publish)
         return 0
 
     cdef Py_ssize_t give_batch(self, list batch, Py_ssize_t start, list lengths) except -1:
@@ -222,8 +225,8 @@ cdef class DeviceQueue(DeviceRing):
         drop_references(<PyObject *>self, n)
         return n
 
-    cdef inline int publish(self) except -1:
-        virtqueue_flush(&self.vq)
+    cdef inline int published(self) except -1:
+        # A loop tells the driver at its end.
         if not self.draining:
             self.tell_driver()
         return 0
@@ -232,8 +235,7 @@ cdef class DeviceQueue(DeviceRing):
         # As push, for the chain itself, which knew that it was out before it let others in.
         with cython.critical_section(self, chain):
             self.must_be_ours(chain)
-            self.stage(chain, written)
-            self.publish()
+            self.stage(chain, written, True)
         return 0
 
     def push(self, Chain chain not None, written=None):
@@ -258,7 +260,8 @@ cdef class DeviceQueue(DeviceRing):
             # Those before one that was refused are given back.
             with cython.critical_section(self):
                 if not self.closed:
-                    self.publish()
+                    virtqueue_flush(&self.vq)
+                    self.published()
 
     def fill(self, Chain chain not None, written=None):
         self.give(chain, written, False)
