@@ -26,7 +26,6 @@ import argparse
 import os
 import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -70,23 +69,13 @@ def install_contrib_blk(apt: Apt, suite: str) -> None:
     source of the library that it is made with."""
     say("contrib/vhost-user-blk: download QEMU's source and build")
     folder = CACHE / "qemu-source"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    apt("source", "--download-only", "--tar-only", f"qemu/{suite}", cwd=folder)
-    (tarball,) = folder.glob("qemu_*.orig.tar.*")
     wanted = (
         "contrib/vhost-user-blk/",
         "subprojects/libvhost-user/",
         "include/standard-headers/",
         "include/qemu/",
     )
-    with tarfile.open(tarball) as archive:
-        # Debian 12's Python does not know filters yet, and ignores the attribute.
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)
-        for member in archive:
-            member.name = member.name.split("/", 1)[-1]
-            if member.name.startswith(wanted):
-                archive.extract(member, folder)
+    apt.source("qemu", suite, folder, wanted)
     CONTRIB_BLK.parent.mkdir(exist_ok=True)
     library = folder / "subprojects" / "libvhost-user"
     includes = [REPOSITORY / "tests" / "peers" / "qemu_shim", library]

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -116,6 +117,21 @@ class Apt:
         for package in self.fetch(packages, suite):
             run("dpkg", "-x", package, into)
             package.unlink()
+
+    def source(self, package: str, suite: str, into: Path, wanted: tuple[str, ...] = ("",)) -> None:
+        """What upstream released of a source package, without its outermost folder; only what has a name that
+        starts with one of ``wanted``."""
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
+        self("source", "--download-only", "--tar-only", f"{package}/{suite}", cwd=into)
+        (tarball,) = into.glob("*.orig.tar.*")
+        with tarfile.open(tarball) as archive:
+            # Debian 12's Python does not know filters yet, and ignores the attribute.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            for member in archive:
+                _, _, member.name = member.name.partition("/")
+                if member.name and member.name.startswith(wanted):
+                    archive.extract(member, into)
 
     def depends(self, package: str, suite: str, pattern: str) -> list[str]:
         """Of what a package depends on, the names that a regular expression matches whole."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tarfile
 
 from peers.apt import Apt, run, say
 from peers.catalogue import FREE_THREADED
@@ -22,16 +21,8 @@ LIBRARIES = ("gcc", "make", "pkg-config", "libc6-dev", "zlib1g-dev", "libssl-dev
 
 def install_free_threaded(apt: Apt) -> None:
     say(f"free-threaded CPython {VERSION}: download the source and build, which takes minutes")
-    folder = FREE_THREADED.with_name("python-source")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    apt("source", "--download-only", "--tar-only", f"python{VERSION}/{SUITE}", cwd=folder)
-    (tarball,) = folder.glob("python3*.orig.tar.*")
-    with tarfile.open(tarball) as archive:
-        # Debian 12's Python does not know filters yet, and ignores the attribute.
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)
-        archive.extractall(folder)
-    (source,) = (path for path in folder.iterdir() if path.is_dir())
+    source = FREE_THREADED.with_name("python-source")
+    apt.source(f"python{VERSION}", SUITE, source)
     shutil.rmtree(FREE_THREADED, ignore_errors=True)
     run(
         *("./configure", "-q", "--disable-gil", f"--prefix={FREE_THREADED}"),
@@ -41,4 +32,4 @@ def install_free_threaded(apt: Apt) -> None:
     run("make", "-s", f"-j{os.cpu_count()}", cwd=source)
     run("make", "-s", "install", cwd=source)
     (FREE_THREADED / "complete").write_text("\n")
-    shutil.rmtree(folder)
+    shutil.rmtree(source)
