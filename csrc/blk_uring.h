@@ -41,7 +41,7 @@ bool blk_uring_ready(const struct blk_uring *u);
 /* Should one that comes back signal the eventfd? As said first, it does. */
 void blk_uring_wake(struct blk_uring *u, bool wanted);
 
-/* Until one came back. One has to be out. */
+/* Until one came back, or for a while where the kernel does not let us wait. One has to be out. */
 void blk_uring_wait(struct blk_uring *u);
 
 #endif

@@ -23,9 +23,11 @@ Knows which package each peer is in. Does not know what the tests do with the pr
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -112,25 +114,8 @@ def report(reasons: dict[str, str], peers: dict[str, Peer]) -> None:
         say(f"{name}: {reason}; Debian package: {', '.join(peers[name].packages)}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="install nothing")
-    parser.add_argument("--benchmarks", action="store_true", help="and what only the benchmarks need")
-    parser.add_argument(
-        "--free-threaded", action="store_true", help="nothing but an interpreter without the lock"
-    )
-    options = parser.parse_args()
-    peers = {**PEERS, **BENCHMARK_PEERS} if options.benchmarks else PEERS
-    if options.free_threaded:
-        peers = FREE_THREADED_PEERS
-    todo = missing(peers)
-    if not todo:
-        say("all there")
-        return 0
-    if options.check or not shutil.which("apt-get"):
-        report(todo, peers)
-        return 1
-    CACHE.mkdir(parents=True, exist_ok=True)
+def install(todo: Collection[str]) -> None:
+    """Of these names, all that this user may."""
     release = codename()
     qemu_suite, blkio_suite = EXTRA_SUITES.get(release, (release, release))
     kernels = [kernel for name, kernel in _kernels().items() if name in todo]
@@ -184,12 +169,33 @@ def main() -> int:
     if "free-threaded" in todo:
         install_free_threaded(apt)
     shutil.rmtree(apt.root)  # 80 MB of lists that the next run would fetch again
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="install nothing")
+    parser.add_argument("--benchmarks", action="store_true", help="and what only the benchmarks need")
+    parser.add_argument(
+        "--free-threaded", action="store_true", help="nothing but an interpreter without the lock"
+    )
+    options = parser.parse_args()
+    peers = {**PEERS, **BENCHMARK_PEERS} if options.benchmarks else PEERS
+    if options.free_threaded:
+        peers = FREE_THREADED_PEERS
+    may_install = not options.check and shutil.which("apt-get")
     todo = missing(peers)
+    if todo and may_install:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with (CACHE / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two share a folder of apt's, which waits for nobody
+            if todo := missing(peers):
+                install(todo)
+        todo = missing(peers)
     report(todo, peers)
     if not todo:
         say("all there")
     # A person without root goes on with the tests that can run; in CI nothing may be missing.
-    return 1 if todo and os.environ.get("CI") == "true" else 0
+    return 1 if todo and (not may_install or os.environ.get("CI") == "true") else 0
 
 
 if __name__ == "__main__":

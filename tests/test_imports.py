@@ -69,7 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vhost.dirty_log": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.inflight": (*LOWEST, "vhost._core", "vhost.memory"),
     "vhost.shmem": (*LOWEST, "vhost._core"),
-    "vhost.chain": RINGS,
+    "vhost.chain": UNDER_QUEUES,
     "vhost._chain_pool": ("vhost.py_refs", "vhost.memory", "vhost.chain"),
     "vhost._look_ahead": ("vhost.py_refs", "vhost._core", "vhost.memory", "vhost.chain", "vhost._chain_pool"),
     "vhost._device_ring": UNDER_QUEUES,

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -129,6 +133,88 @@ def test_the_budget_counts_what_was_given(packed: bool) -> None:
             inner += [chain.writable_len for chain in queue]
         assert (outer, inner) == ([6, 12], [7, 8, 9, 10, 11])
         assert signals(kick) == 0
+
+
+class InACycle:
+    """What it does when the collector finds it, which before CPython 3.12 may be within any allocation."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.act()
+
+
+def pop_with_finalizer(queue: DeviceQueue, act: Callable[[], object]) -> list[Chain]:
+    """A batch, in whose first allocation the collector runs, and then `act`."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    InACycle(act)
+    gc.set_threshold(1, 1000, 1000)
+    gc.enable()
+    try:
+        return queue.pop_batch(CHAINS)
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()
+
+
+FINALIZERS: dict[str, Callable[[DeviceQueue], object]] = {
+    "pop": lambda queue: queue.pop(),
+    "pop_batch": lambda queue: queue.pop_batch(3),
+    "base": lambda queue: queue.base,
+    "loop": lambda queue: next(iter(queue), None),
+    "nothing": lambda queue: None,
+}
+
+
+@both
+@pytest.mark.parametrize("what", FINALIZERS)
+def test_a_finalizer_within_a_batch(packed: bool, what: str) -> None:
+    """Each chain is handed out once, whoever else asks meanwhile."""
+    _, queue, ids = filled(packed)
+    loop = iter(queue)
+    seen = [next(loop)]  # the others are ahead
+    theirs: list[Chain] = []
+
+    def act() -> None:
+        got = FINALIZERS[what](queue)
+        theirs.extend(got if isinstance(got, list) else [got] if isinstance(got, Chain) else [])
+
+    seen += pop_with_finalizer(queue, act)
+    del loop
+    while more := queue.pop_batch(CHAINS):
+        seen += more
+    assert sorted(chain.id for chain in seen + theirs) == sorted(ids)
+    assert len({id(chain) for chain in seen + theirs}) == CHAINS
+    assert queue.in_flight == CHAINS
+
+
+@both
+def test_a_finalizer_that_closes_the_queue_within_a_batch(packed: bool) -> None:
+    rig, queue, _ = filled(packed)
+    loop = iter(queue)
+    first = next(loop)
+    batch = []
+    with suppress(InvalidQueue):  # where the collector does not run within an allocation, but before it
+        batch = pop_with_finalizer(queue, queue.close)
+    # What it did not give is its successor's.
+    assert rest(rig.device(base=queue.base)) == [*range(2 + len(batch), CHAINS + 1)]
+    assert first.writable_len == 1
+
+
+def test_a_loop_is_its_queues_own() -> None:
+    """Nobody can make another of it, which would end it twice."""
+    _, queue, _ = filled(False)
+    loop = iter(queue)
+    with pytest.raises(TypeError):
+        copy.copy(loop)
+    with pytest.raises(TypeError):
+        pickle.dumps(loop)
+    bare = type(loop).__new__(type(loop))
+    assert list(bare) == []
 
 
 @both

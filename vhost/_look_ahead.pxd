@@ -78,13 +78,18 @@ cdef inline Chain ahead_next(look_ahead *ahead, PyObject *queue):
 
 
 cdef inline list ahead_batch(look_ahead *ahead, PyObject *queue, uint32_t most):
-    # Up to `most` of them.
+    # Up to `most` of them. Before CPython 3.12, the collector may run when the list is made, and a finalizer use
+    # the queue: what is ahead is looked at behind that.
     cdef uint32_t i, n = min(ahead.end - ahead.next, most)
-    cdef PyObject **chains = ahead.chains + ahead.next
+    cdef PyObject *chain
     cdef list batch = PyList_New(n)
+    while n > ahead.end - ahead.next:
+        n = ahead.end - ahead.next
+        batch = PyList_New(n)
     for i in range(n):
-        chain_start(<Chain>chains[i], queue)
-        PyList_SET_ITEM(<PyObject *>batch, i, chains[i])
+        chain = ahead.chains[ahead.next + i]
+        chain_start(<Chain>chain, queue)
+        PyList_SET_ITEM(<PyObject *>batch, i, chain)
     take_references(queue, n)
     ahead.next += n
     return batch

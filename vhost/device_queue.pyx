@@ -79,6 +79,7 @@ cdef class DeviceQueue(DeviceRing):
     cdef void settle(self) noexcept:
         while ahead_any(&self.ahead):
             self.ahead.end -= 1
+            self.ahead.found_end = False
             virtqueue_unpop(&self.vq, &(<Chain>self.ahead.chains[self.ahead.end]).c)
 
     @cython.critical_section
@@ -87,6 +88,7 @@ cdef class DeviceQueue(DeviceRing):
         self.must_work()
         drain = Drain.__new__(Drain)
         drain.queue = self
+        drain.going = True
         drain.left = self.most
         drain.rearm = not self.vq.notify_off
         if drain.rearm:
@@ -112,8 +114,11 @@ cdef class DeviceQueue(DeviceRing):
     def pop_batch(self, uint32_t n=32):
         cdef list more, batch = None
         cdef int got
-        self.must_work()
         while True:
+            if batch is None:
+                self.must_work()
+            elif self.closed or self.reason is not None:
+                return batch  # a finalizer did that, see ahead_batch()
             if not ahead_any(&self.ahead):
                 got = self.fetch(n)
                 if got <= 0:
@@ -167,8 +172,7 @@ cdef class DeviceQueue(DeviceRing):
 
     cdef inline int stage(self, Chain chain, int64_t written, bint publish) except -1:
         cdef int rc
-        if unlikely(self.closed):
-            self.must_be_open()
+        self.must_be_open()
         if not 0 <= written <= chain.c.in_len:
             raise ValueError(
                 f"{self.name}: chain {chain.c.id}: {written} bytes written,"
@@ -296,6 +300,7 @@ cdef class DeviceQueue(DeviceRing):
 
 @cython.final
 @cython.no_gc
+@cython.auto_pickle(False)
 @cython.freelist(8)
 cdef class Drain:
     """One run of ``for chain in queue``. However the loop ends, the end of this object ends the drain."""
@@ -303,7 +308,7 @@ cdef class Drain:
     cdef DeviceQueue queue
     cdef uint32_t left
     cdef bint rearm
-    cdef bint over  # `queue` has been told
+    cdef bint going  # and `queue` counts it among its loops
 
     def __iter__(self):
         return self
@@ -312,7 +317,7 @@ cdef class Drain:
         cdef Chain chain = None
         with cython.critical_section(self.queue):
             # Nothing is ahead of a queue that is closed or broken.
-            if not self.over and (ahead_any(&self.queue.ahead) and self.left or self.look()):
+            if self.going and (ahead_any(&self.queue.ahead) and self.left or self.look()):
                 self.left -= 1
                 chain = ahead_next(&self.queue.ahead, <PyObject *>self.queue)
         if chain is None:
@@ -350,7 +355,7 @@ cdef class Drain:
 
     cdef int finish(self, bint again) except -1:
         cdef DeviceQueue queue = self.queue
-        self.over = True
+        self.going = False
         queue.draining -= 1
         queue.settle()
         if queue.closed:
@@ -367,5 +372,5 @@ cdef class Drain:
             self.finish(False)
 
     def __dealloc__(self):
-        if self.queue is not None and not self.over:
+        if self.going:
             self.abandon()

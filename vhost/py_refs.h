@@ -9,9 +9,9 @@
 #include <Python.h>
 
 #ifdef Py_GIL_DISABLED
-#define FREE_THREADED 1
+#define VHOST_FREE_THREADED 1
 #else
-#define FREE_THREADED 0
+#define VHOST_FREE_THREADED 0
 #endif
 
 /* The caller's reference is the only one, and none can appear while it looks. */
@@ -28,7 +28,8 @@ static inline int py_unique(PyObject *object)
 #endif
 }
 
-/* A tuple that nobody else has may be filled again, as zip() does with its own. */
+/* A tuple that nobody else has may be filled again, as zip() does with its own, if it is only ever filled with what
+ * the collector need not know: it may have stopped to look at this one. */
 static inline int py_unique_tuple(PyObject *tuple)
 {
 	if (!py_unique(tuple))

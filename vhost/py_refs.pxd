@@ -3,7 +3,7 @@ from cpython.object cimport PyObject
 
 
 cdef extern from "py_refs.h":
-    bint FREE_THREADED
+    bint FREE_THREADED "VHOST_FREE_THREADED"
     bint py_unique(PyObject *) noexcept
     bint py_unique_tuple(PyObject *) noexcept
     void take_references(PyObject *, Py_ssize_t) noexcept

@@ -68,14 +68,14 @@ cdef class Struct:
             values = self.last
         else:
             values = PyTuple_New(self.count)
-            if not FREE_THREADED:  # where nobody else can be here with the same one
-                self.last = values
         for i in range(self.count):
             value = wire_load(at, self.layout[i])
             old = PyTuple_GET_ITEM(<PyObject *>values, i)
             Py_INCREF(value)  # SET_ITEM takes one over
             PyTuple_SET_ITEM(values, i, value)
             Py_XDECREF(old)
+        if not FREE_THREADED:  # where nobody else can be here with the same one
+            self.last = values
         return values
 
     cdef int store(self, uint8_t *to, tuple values) except -1:

@@ -28,8 +28,8 @@ from typing import IO, Self
 # Only to tell slow from stuck: a start takes two seconds on an idle machine.
 DEADLINE = 90.0
 # Each character of it is a write of its own, and what other threads print comes between them: lines of
-# the log, which therefore have their own pipe, and news of a port, as an empty line and the line itself.
-PROMPT = re.compile(r"\n?".join("testpmd> "))
+# the log, which therefore have their own pipe, and news of a port, each as an empty line and the line itself.
+PROMPT = re.compile(r"\n*".join("testpmd> "))
 EVENT = re.compile(r"Port \d+: [\w ]+ event\n")
 MEMORY_MIB = 256
 MBUFS = 16384
