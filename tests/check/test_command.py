@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+
+from vhost.check.spawn import Program
 
 VHOST = (sys.executable, "-m", "vhost")
 
@@ -139,6 +142,33 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("vhost check: ")
         assert "none" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_while_its_program_starts(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """The signal comes when there is a process that nobody has been told of."""
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            signal.raise_signal(number)
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(number, leave)
+    program = Program(["sleep", "600"])
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", Started)
+            with pytest.raises(SystemExit):
+                program.start()
+        assert signal.getsignal(number) is leave
+        assert program.alive
+    finally:
+        program.close()
+        signal.signal(number, before)
+    assert not program.alive
 
 
 @pytest.mark.parametrize(

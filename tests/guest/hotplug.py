@@ -28,13 +28,15 @@ _MEMORY = "awk '/MemTotal/ { print $2 }' /proc/meminfo"
 
 
 def plug_disk(guest: Guest, path: Path, *, name: str = "disk", queues: int = 1, packed: bool = False) -> None:
-    """Returns when the guest has /dev/vda. Nobody may have a predecessor open, which would have that name."""
+    """Returns when the guest can read /dev/vda, which it cannot as soon as there is one. Nobody may have a
+    predecessor open, which would have that name."""
     address = {"type": "unix", "data": {"path": str(path)}}
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
     guest.qmp.command("chardev-add", {"id": f"c-{name}", "backend": backend})
     device = {"driver": "vhost-user-blk-pci", "id": name, "chardev": f"c-{name}", "bus": PORT_NAME}
     guest.qmp.command("device_add", {**device, "num-queues": queues, "packed": packed})
-    guest.run("until [ -b /dev/vda ]; do usleep 10000; done", timeout=HOTPLUG_SECONDS)
+    read = "dd if=/dev/vda of=/dev/null count=1 2>/dev/null"
+    guest.run(f"until {read}; do usleep 10000; done", timeout=HOTPLUG_SECONDS)
 
 
 def unplug_disk(guest: Guest, *, name: str = "disk") -> None:

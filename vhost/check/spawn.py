@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 END_WAIT = 5.0
@@ -20,6 +22,25 @@ _TAIL = 2000
 _CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
 )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What would end us does so afterwards: a program that was started and is not known yet would be left."""
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # no other has handlers
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    # What is ignored stays so, for that is inherited.
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for one in came:
+        signal.raise_signal(one)
 
 
 class Program:
@@ -42,9 +63,10 @@ class Program:
             self.path.unlink()
         self._output.seek(0)
         self._output.truncate()
-        self._process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
-        )
+        with _undisturbed():
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
+            )
 
     @property
     def alive(self) -> bool:
