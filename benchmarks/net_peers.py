@@ -112,10 +112,9 @@ class NetVhost:
         self.testpmd.command("stop")
 
     def settle(self) -> None:
-        """Somebody has come or gone: it says so in the middle of a prompt, which is then not known as one."""
+        """Somebody has come or gone: until it has noticed."""
         self.changes += 1
         self.testpmd.wait_for("link state change event", times=self.changes)
-        time.sleep(0.02)
 
     def count(self) -> Count:
         n = self.testpmd.packets()
