@@ -53,8 +53,7 @@ static struct net_receiver *receiver_of(const struct net_pair *p)
 	return &first->rx;
 }
 
-static void deliver_segments(struct net_pair *p, struct net_receiver *r,
-			     const struct net_frame *whole)
+static void deliver_segments(struct net_pair *p, struct net_receiver *r, const struct net_frame *whole)
 {
 	uint8_t headers[ENGINE_BATCH][NET_SEGMENT_HDR];
 	struct net_frame frames[ENGINE_BATCH];

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import fds
+from rig import eventfds
 
 NOTES = pytest.StashKey[list[str]]()
 
@@ -27,6 +28,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def note(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """Say something at the end of the run, whatever came of the test."""
     return pytestconfig.stash[NOTES].append
+
+
+@pytest.fixture
+def events() -> Iterator[list[int]]:
+    """Eventfds for a queue: to kick, to call, and for errors."""
+    with eventfds(3) as made:
+        yield made
 
 
 @pytest.fixture

@@ -4,20 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
-from rig import Rig, eventfds, signals
+from rig import Rig, signals
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 both = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-
-
-@pytest.fixture
-def events() -> Iterator[list[int]]:
-    with eventfds(3) as made:
-        yield made
 
 
 @both

@@ -4,24 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rig import BASE, USER, Rig, eventfds, signals
+from rig import BASE, USER, Rig, signals
 from vhost.errors import InvalidGuestMemory, InvalidQueue, QueueBroken
 from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 both = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-
-
-@pytest.fixture
-def events() -> Iterator[list[int]]:
-    with eventfds(3) as made:
-        yield made
 
 
 # ---------------------------------------------------------------------- set-up

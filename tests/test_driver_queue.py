@@ -9,24 +9,17 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 import model
-from rig import BASE, Rig, eventfds, signals
+from rig import BASE, Rig, signals
 from vhost.errors import InvalidQueue, QueueBroken
 from vhost.memory import GuestMemory, Region
 from vhost.virtqueue import DeviceQueue, DriverQueue
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 both = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-
-
-@pytest.fixture
-def events() -> Iterator[list[int]]:
-    with eventfds(2) as made:
-        yield made
 
 
 # ---------------------------------------------------------------------- set-up

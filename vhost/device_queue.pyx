@@ -307,7 +307,7 @@ cdef class Drain:
 
     cdef DeviceQueue queue
     cdef uint32_t left
-    cdef bint rearm
+    cdef bint rearm  # kicks were asked for before, and are not now
     cdef bint going  # and `queue` counts it among its loops
 
     def __iter__(self):
